@@ -1,0 +1,165 @@
+//! The seam to host memory: everything that crosses PCIe goes through a [`DmaEngine`], so that one place can count it,
+//! delay it, fault it and, later, mark pages dirty when a copy has landed.
+//!
+//! ```text
+//!   HostMemory (control half)            DmaEngine (hot half, one per lane)
+//!   IOVA → bytes, changed by the link    read, write, lend; submit; landed
+//!                     └───── Arc, swapped between turns ─────┘
+//! ```
+//!
+//! An engine is asynchronous: a copy is queued, submitted, and lands later; copies land in the order in which they were
+//! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), a copy lands at once.
+
+mod card;
+mod copy_engine;
+mod guard;
+mod memory;
+
+pub use card::CardMemory;
+pub use copy_engine::CopyEngine;
+pub use guard::install as install_bus_fault_guard;
+pub use memory::{HostMemory, Mapping, MemoryError, Region};
+
+use std::sync::Arc;
+
+use crate::address::{CardAddress, Iova};
+
+/// Which way payload goes, seen from the host's memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// The card reads host memory (a guest's write request).
+    FromHost,
+    /// The card writes host memory (a guest's read request).
+    ToHost,
+}
+
+/// A range of host memory that no region covers: the guest's fault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{length} bytes at {address} are outside the VM's memory")]
+pub struct Unmapped {
+    /// Where the range starts.
+    pub address: Iova,
+    /// Its length, bytes.
+    pub length: u64,
+}
+
+/// The engine reported a copy as failed: the function cannot go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a DMA copy failed")]
+pub struct DmaFault;
+
+/// A count of copies: a copy has landed when [`DmaEngine::landed`] has reached the ticket that [`DmaEngine::submit`] gave
+/// after it was queued.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
+pub struct Ticket(pub u64);
+
+/// What crossed, per lane; read by other threads through [`crate::metrics`].
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct DmaCounters {
+    /// Copies towards the card, those of polls that found nothing excepted.
+    pub reads: u64,
+    /// Copies towards the host.
+    pub writes: u64,
+    /// Bytes towards the card.
+    pub read_bytes: u64,
+    /// Bytes towards the host.
+    pub write_bytes: u64,
+    /// Reads of a ring's index or flags that found nothing new.
+    pub empty_polls: u64,
+    /// Ranges lent in place instead of copied.
+    pub lent: u64,
+    /// Bytes of them.
+    pub lent_bytes: u64,
+}
+
+impl DmaCounters {
+    /// Copies both ways.
+    #[must_use]
+    pub const fn transactions(&self) -> u64 {
+        self.reads + self.writes
+    }
+}
+
+/// The hot half of host memory: one owner, one lane.
+///
+/// Host addresses are untrusted and are resolved when a copy is queued; card addresses are ours, and one outside the
+/// card memory is a broken invariant (panic).
+pub trait DmaEngine: Send {
+    /// The card memory that this engine copies to and from.
+    fn card(&self) -> &CardMemory;
+
+    /// Uses `memory` from now on. The caller has made sure that nothing is in flight or lent in what goes away.
+    fn set_memory(&mut self, memory: Arc<HostMemory>);
+
+    /// The table of host memory in use.
+    fn memory(&self) -> &Arc<HostMemory>;
+
+    /// Queues a copy of `length` bytes from the host into card memory.
+    ///
+    /// # Errors
+    /// A range that is not wholly covered by regions.
+    fn read(&mut self, from: Iova, to: CardAddress, length: u32) -> Result<(), Unmapped>;
+
+    /// Queues a copy of `length` bytes from card memory to the host.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn write(&mut self, from: CardAddress, to: Iova, length: u32) -> Result<(), Unmapped>;
+
+    /// Queues the copy of a 16-bit ring index (or flags, or event) to the card; what the other side wrote before it
+    /// stored this value is seen by every copy queued later (virtio 1.3, 2.7.13.3: the driver's barrier). `from` must be
+    /// even.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn read_index(&mut self, from: Iova, to: CardAddress) -> Result<(), Unmapped>;
+
+    /// Queues the copy of a 16-bit ring index (or flags, or event) to the host, visible there after every copy queued
+    /// earlier. `to` must be even.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn write_index(&mut self, from: CardAddress, to: Iova) -> Result<(), Unmapped>;
+
+    /// Queues the copy of `count` packed-ring descriptors (16 bytes each) such that a descriptor whose flags say available
+    /// is whole: its flags are read before its other fields, and before those of the next (virtio 1.3, 2.8.21.1).
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn read_packed(&mut self, from: Iova, to: CardAddress, count: u32) -> Result<(), Unmapped>;
+
+    /// A barrier both ways: copies queued later see and make memory as it is after all those queued before are visible to
+    /// the host. For the races of notification suppression (store of our index against load of theirs).
+    fn order(&mut self);
+
+    /// Starts everything queued so far.
+    fn submit(&mut self) -> Ticket;
+
+    /// How far copies have landed.
+    ///
+    /// # Errors
+    /// When a copy failed: the function needs a reset.
+    fn landed(&mut self) -> Result<Ticket, DmaFault>;
+
+    /// Lends `length` bytes of host memory for payload in place: appends the ranges to `out` (several where the range
+    /// spans maps).
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read); `out` may then hold a part.
+    fn lend(
+        &mut self,
+        from: Iova,
+        length: u32,
+        direction: Direction,
+        out: &mut Vec<libc::iovec>,
+    ) -> Result<(), Unmapped>;
+
+    /// Takes back what was lent; `written` says that the card may have changed it.
+    fn give_back(&mut self, from: Iova, length: u32, written: bool);
+
+    /// The last read of an index or flags found nothing new: it does not count as a transaction.
+    fn forgive_empty_poll(&mut self, bytes: u32);
+
+    /// What crossed so far.
+    fn counters(&self) -> DmaCounters;
+}

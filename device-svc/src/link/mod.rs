@@ -1,0 +1,129 @@
+//! How the card reaches a host, and what a link and the function behind it say to each other.
+//!
+//! The link speaks the host's protocol on a thread of its own; the function behind it is a [`FunctionSide`], implemented
+//! above in `control`. A queue's hot half is a [`QueuePort`], owned by the reactor that turns the queue.
+
+pub mod vhost_user;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use crate::address::Iova;
+use crate::dma::HostMemory;
+
+/// The hot half of a link: one queue's doorbell and interrupt.
+pub trait QueuePort: Send {
+    /// A descriptor that becomes readable when the driver rings the doorbell; `None` when it cannot.
+    fn doorbell_fd(&self) -> Option<RawFd>;
+
+    /// Takes the doorbell's rings off, so that the next one wakes a sleeper again. Returns whether there was one.
+    fn take_doorbell(&mut self) -> bool;
+
+    /// Tells the driver that used entries are there. Never blocks.
+    fn raise_interrupt(&mut self);
+}
+
+/// Where a queue stands: what vhost-user carries in `VHOST_USER_SET_VRING_BASE` and `VHOST_USER_GET_VRING_BASE`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct QueuePosition {
+    /// Split: the next available index. Packed: the next available slot (15 bits).
+    pub next_avail: u16,
+    /// Packed only: the driver's wrap counter at `next_avail`.
+    pub avail_wrap: bool,
+    /// Packed only: the next used slot (15 bits). On a split ring the used index is read from the ring itself.
+    pub next_used: u16,
+    /// Packed only: the device's wrap counter at `next_used`.
+    pub used_wrap: bool,
+}
+
+/// Everything needed to start one queue.
+pub struct QueueStart {
+    /// Which queue.
+    pub index: u16,
+    /// Entries; a power of two for a split ring, 1 to 32768.
+    pub size: u16,
+    /// The descriptor table or descriptor ring.
+    pub descriptors: Iova,
+    /// The available ring, or the packed ring's driver event suppression structure.
+    pub driver: Iova,
+    /// The used ring, or the packed ring's device event suppression structure.
+    pub device: Iova,
+    /// Where to go on.
+    pub position: QueuePosition,
+    /// The feature bits that were negotiated.
+    pub features: u64,
+    /// The queue's doorbell and interrupt.
+    pub port: Box<dyn QueuePort>,
+}
+
+/// Why the function refused what the link passed on: the guest's or the front end's fault, told to it as the link's
+/// protocol can.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A queue number, size, address, feature or configuration field that the function does not have.
+    #[error("{0}")]
+    Invalid(String),
+    /// The function is being deleted or the service is stopping.
+    #[error("the function is going away")]
+    Gone,
+}
+
+/// What a function tells the host through its link. Implemented by the link; called from the control thread.
+pub trait HostEvents: Send + Sync {
+    /// The configuration space has changed (a resize): raise a configuration interrupt.
+    fn config_changed(&self);
+
+    /// The function has stopped on a fault of the guest (`DEVICE_NEEDS_RESET`), for the given queue if one is known.
+    fn needs_reset(&self, queue: Option<u16>);
+}
+
+/// The function as its link sees it. Every call may block for a short time, never for a storage server.
+pub trait FunctionSide: Send + Sync {
+    /// The device's feature bits (virtio 1.3, 6), without those of the transport.
+    fn offered_features(&self) -> u64;
+
+    /// How many queues there are.
+    fn queue_count(&self) -> u16;
+
+    /// The largest size of a queue.
+    fn queue_size_max(&self) -> u16;
+
+    /// The device configuration space as it is now (virtio 1.3, 5.2.4).
+    fn config_space(&self) -> Vec<u8>;
+
+    /// The driver writes `data` at `offset` of the configuration space.
+    ///
+    /// # Errors
+    /// When no field there is writable.
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Refusal>;
+
+    /// The driver accepted these feature bits.
+    ///
+    /// # Errors
+    /// When a bit was not offered.
+    fn accept_features(&self, features: u64) -> Result<(), Refusal>;
+
+    /// Somebody is attached: from now on `events` reaches the host. Replaces an earlier one.
+    fn attach(&self, events: Arc<dyn HostEvents>);
+
+    /// The host's memory is `memory` from now on. Returns when no queue touches anything that is not in it any more, so
+    /// that the caller may unmap. A queue whose rings are gone stops as if by a guest's fault.
+    fn set_memory(&self, memory: Arc<HostMemory>);
+
+    /// Starts a queue, or starts it anew with other parameters if it runs.
+    ///
+    /// # Errors
+    /// When the parameters are not a queue's.
+    fn start_queue(&self, start: QueueStart) -> Result<(), Refusal>;
+
+    /// Stops a queue: nothing is fetched any more, what is in flight in the VM's memory has ended. Requests that wait for
+    /// a server that is away stay on the card; they go on if the queue is started again at this position. `None` if it
+    /// did not run.
+    fn stop_queue(&self, index: u16) -> Option<QueuePosition>;
+
+    /// Device reset: every queue stops, what was held is dropped, the accepted features are forgotten.
+    fn reset(&self);
+
+    /// Reset, and nobody is attached any more.
+    fn detach(&self);
+}

@@ -1,0 +1,158 @@
+//! What the card counts: one block of counters per queue and per reactor, written by one thread, read by any.
+//!
+//! A counter has one writer, so adding is a plain load and store, without the bus lock that a shared counter would cost
+//! on every request. Each block is padded to its own cache lines, so that two reactors never share one.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter or gauge with one writer.
+#[derive(Default, Debug)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds. Only the owning thread may call this.
+    #[inline]
+    pub fn add(&self, count: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    }
+
+    /// Sets. Only the owning thread may call this.
+    #[inline]
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// Raises to `value` if that is more. Only the owning thread may call this.
+    #[inline]
+    pub fn raise(&self, value: u64) {
+        if value > self.get() {
+            self.set(value);
+        }
+    }
+
+    /// The value, from any thread.
+    #[inline]
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Upper bounds of the latency histogram's buckets are powers of two of 1 µs: 1 µs, 2 µs, … 2^22 µs (4.2 s), and above.
+pub const LATENCY_BUCKETS: usize = 24;
+
+/// A histogram of latencies in powers of two of a microsecond.
+#[derive(Default, Debug)]
+pub struct LatencyHistogram {
+    /// How many fell into each bucket: bucket `i` holds latencies of at most 2^i µs, the last one all above.
+    pub buckets: [Counter; LATENCY_BUCKETS],
+    /// Sum of all, nanoseconds.
+    pub sum_ns: Counter,
+}
+
+impl LatencyHistogram {
+    /// Records one latency.
+    #[inline]
+    pub fn record(&self, latency_ns: u64) {
+        let bucket = (64 - (latency_ns.saturating_sub(1) / 1000).leading_zeros()) as usize;
+        self.buckets[bucket.min(LATENCY_BUCKETS - 1)].add(1);
+        self.sum_ns.add(latency_ns);
+    }
+}
+
+/// The kinds of request that are counted apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub enum RequestKind {
+    /// `VIRTIO_BLK_T_IN`.
+    Read,
+    /// `VIRTIO_BLK_T_OUT`.
+    Write,
+    /// `VIRTIO_BLK_T_FLUSH`.
+    Flush,
+    /// `VIRTIO_BLK_T_DISCARD`.
+    Discard,
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`.
+    WriteZeroes,
+    /// `VIRTIO_BLK_T_GET_ID` and what is not known.
+    Other,
+}
+
+impl RequestKind {
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [Self; 6] =
+        [Self::Read, Self::Write, Self::Flush, Self::Discard, Self::WriteZeroes, Self::Other];
+
+    /// The kind's name in metrics and statistics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write_zeroes",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What one queue of one function counts. Lives as long as the function, over any number of starts of the queue.
+#[derive(Default, Debug)]
+#[repr(align(128))]
+pub struct QueueCounters {
+    /// Completed requests, by [`RequestKind`].
+    pub requests: [Counter; 6],
+    /// Payload bytes of them, by [`RequestKind`].
+    pub bytes: [Counter; 6],
+    /// Of them, those with a status other than OK.
+    pub errors: Counter,
+    /// Requests popped and not yet completed (a gauge).
+    pub in_flight: Counter,
+    /// Of them, those held because the server is away (a gauge).
+    pub held: Counter,
+    /// Requests that waited for a limit.
+    pub throttled: Counter,
+    /// Interrupts raised.
+    pub interrupts: Counter,
+    /// Doorbells taken.
+    pub doorbells: Counter,
+    /// From popped to completed.
+    pub latency: LatencyHistogram,
+    /// DMA copies towards the card.
+    pub dma_reads: Counter,
+    /// DMA copies towards the host.
+    pub dma_writes: Counter,
+    /// Bytes copied towards the card.
+    pub dma_read_bytes: Counter,
+    /// Bytes copied towards the host.
+    pub dma_write_bytes: Counter,
+    /// Polls of the ring that found nothing.
+    pub dma_empty_polls: Counter,
+    /// Ranges lent in place.
+    pub dma_lent: Counter,
+    /// Bytes lent in place.
+    pub dma_lent_bytes: Counter,
+}
+
+/// What one reactor counts.
+#[derive(Default, Debug)]
+#[repr(align(128))]
+pub struct ReactorCounters {
+    /// Turns in which some lane or channel had work.
+    pub turns_busy: Counter,
+    /// Turns that found nothing.
+    pub turns_idle: Counter,
+    /// Time in busy turns, nanoseconds.
+    pub busy_ns: Counter,
+    /// Time in idle turns, nanoseconds.
+    pub idle_ns: Counter,
+    /// Time asleep, nanoseconds.
+    pub asleep_ns: Counter,
+    /// Times it went to sleep.
+    pub sleeps: Counter,
+    /// The longest turn, nanoseconds.
+    pub turn_ns_max: Counter,
+    /// Lanes it turns (a gauge).
+    pub lanes: Counter,
+}

@@ -1,0 +1,1 @@
+//! The control interface between the card and its clients.
