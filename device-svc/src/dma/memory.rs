@@ -270,6 +270,20 @@ impl HostMemory {
         true
     }
 
+    /// The runs of our address space that a range is made of, up to the first hole.
+    pub fn runs(&self, address: Iova, length: u32) -> impl Iterator<Item = (*mut u8, u64)> + '_ {
+        let (mut at, mut left) = (address, u64::from(length));
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let (pointer, run) = self.resolve(at, left)?;
+            left -= run;
+            at = Iova(at.0.wrapping_add(run));
+            Some((pointer, run))
+        })
+    }
+
     /// Where the bytes at `address` are in our address space, and how many of `length` follow there in one run (regions
     /// that touch in IOVA space need not touch in ours).
     #[inline]

@@ -1,0 +1,374 @@
+//! The mirror of a packed ring (virtio 1.3, 2.8).
+//!
+//! There is no index to read: a descriptor's flags say whether it is available, so a poll fetches a few descriptors from the
+//! next place on, as many as the batch before took. A batch of used descriptors becomes visible with the flags of its first
+//! one, which are written last.
+
+use super::{CardLayout, FETCH_MAX, Fetched, QueueFault};
+use crate::address::{CardAddress, Iova};
+use crate::dma::{DmaEngine, Ticket};
+use crate::link::{QueuePosition, QueueStart};
+use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place};
+use crate::virtqueue::{
+    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, PackedDescriptor, QueueAddresses, RingFault,
+    SEGMENTS_MAX, Step, features,
+};
+
+/// Card memory for the indirect tables of one batch.
+const TABLES_BYTES: u32 = 32 << 10;
+/// Descriptors that a poll fetches at least: one cache line of them.
+const SLOTS_MIN: u16 = 4;
+/// Descriptors that a poll fetches at most.
+const SLOTS_MAX: u16 = 128;
+/// Where a descriptor's flags are.
+const FLAGS: u32 = 14;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fetching {
+    Idle,
+    /// Descriptors are on their way.
+    Slots(Ticket),
+    /// The indirect tables of the chains that were found are on their way.
+    Tables(Ticket),
+}
+
+/// A chain that was found.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    first: u16,
+    slots: u16,
+    table: CardAddress,
+    table_count: u32,
+}
+
+/// A used descriptor that is staged: its slot and flags.
+#[derive(Clone, Copy)]
+struct Staged {
+    slot: u16,
+    flags: u16,
+}
+
+struct Places {
+    event: CardAddress,
+    device_event: CardAddress,
+    first_flags: CardAddress,
+    descriptors: CardAddress,
+    tables: CardAddress,
+    used: CardAddress,
+}
+
+pub(super) struct PackedMirror {
+    ring: PackedRing,
+    places: Places,
+    walk: ChainWalk,
+    fetching: Fetching,
+    found: [Found; FETCH_MAX as usize],
+    found_count: u16,
+    /// How many chains this batch may have.
+    budget: u16,
+    /// Slots of the chains that were found.
+    found_slots: u16,
+    /// Slots that were fetched, from the next available place on.
+    fetched_slots: u16,
+    /// How many slots the next poll fetches.
+    guess: u16,
+    staged: Vec<Staged>,
+    publishing: Option<(Ticket, u16)>,
+    event_index: bool,
+    arming: Option<Ticket>,
+}
+
+impl PackedMirror {
+    pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Self {
+        let size = u32::from(start.size);
+        let places = Places {
+            event: layout.take(4),
+            device_event: layout.take(2),
+            first_flags: layout.take(2),
+            descriptors: layout.take(16 * size),
+            tables: layout.take(TABLES_BYTES),
+            used: layout.take(16 * size),
+        };
+        let position = start.position;
+        let next_avail = Place { slot: position.next_avail, wrap: position.avail_wrap };
+        let next_used = Place { slot: position.next_used, wrap: position.used_wrap };
+        Self {
+            ring: PackedRing::new(start.size, at, next_avail, next_used),
+            places,
+            walk: ChainWalk::new(start.features & features::INDIRECT != 0),
+            fetching: Fetching::Idle,
+            found: [Found::default(); FETCH_MAX as usize],
+            found_count: 0,
+            budget: 0,
+            found_slots: 0,
+            fetched_slots: 0,
+            guess: SLOTS_MIN,
+            staged: Vec::with_capacity(usize::from(start.size)),
+            publishing: None,
+            event_index: start.features & features::EVENT_INDEX != 0,
+            arming: None,
+        }
+    }
+
+    #[inline]
+    pub(super) fn fetch<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        budget: u16,
+        mut sink: impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<Fetched, QueueFault> {
+        loop {
+            match self.fetching {
+                Fetching::Idle => {
+                    if budget == 0 {
+                        return Ok(Fetched::Nothing);
+                    }
+                    (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget, 0, 0, 0);
+                    self.fetching = Fetching::Slots(self.request_slots(engine, self.guess)?);
+                }
+                Fetching::Slots(ticket) => {
+                    if engine.landed()? < ticket {
+                        return Ok(Fetched::Waiting);
+                    }
+                    if self.find_chains(engine)? {
+                        self.fetching = Fetching::Slots(self.request_slots(engine, SLOTS_MIN)?);
+                        continue;
+                    }
+                    if self.found_count == 0 {
+                        self.fetching = Fetching::Idle;
+                        self.guess = SLOTS_MIN;
+                        engine.forgive_empty_poll(16 * u32::from(self.fetched_slots));
+                        return Ok(Fetched::Nothing);
+                    }
+                    let all_taken = self.found_slots == self.fetched_slots;
+                    self.guess = if all_taken { self.guess * 2 } else { self.found_slots }.clamp(SLOTS_MIN, SLOTS_MAX);
+                    self.request_tables(engine)?;
+                    self.fetching = Fetching::Tables(engine.submit());
+                }
+                Fetching::Tables(ticket) => {
+                    if engine.landed()? < ticket {
+                        return Ok(Fetched::Waiting);
+                    }
+                    self.fetching = Fetching::Idle;
+                    self.deliver(engine, &mut sink)?;
+                    return Ok(Fetched::Chains(self.found_count));
+                }
+            }
+        }
+    }
+
+    /// Fetches up to `count` more slots, not beyond the ring's end in one go, nor around the ring onto those already here.
+    fn request_slots<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<Ticket, QueueFault> {
+        let size = self.ring.size();
+        let slot = self.ring.next_avail().advance(self.fetched_slots, size).slot;
+        let count = count.min(size - slot).min(size - self.fetched_slots);
+        if count > 0 {
+            let to = self.places.descriptors.add(16 * u32::from(slot));
+            engine.read_packed(self.ring.descriptor_at(slot), to, u32::from(count))?;
+            self.fetched_slots += count;
+        }
+        Ok(engine.submit())
+    }
+
+    #[inline]
+    fn descriptor<E: DmaEngine>(&self, engine: &E, slot: u16) -> PackedDescriptor {
+        engine.card().get(self.places.descriptors.add(16 * u32::from(slot)))
+    }
+
+    /// Looks for whole chains in what was fetched. Returns whether a chain goes on beyond it.
+    fn find_chains<E: DmaEngine>(&mut self, engine: &E) -> Result<bool, QueueFault> {
+        let size = self.ring.size();
+        while self.found_count < self.budget && self.found_slots < self.fetched_slots {
+            let start = self.ring.next_avail().advance(self.found_slots, size);
+            let mut descriptor = self.descriptor(engine, start.slot);
+            // Only the first descriptor's flags count: the driver makes a chain available with them, last
+            // (virtio 1.3, 2.8.21.1).
+            if !PackedRing::is_available(descriptor.flags, start) {
+                break;
+            }
+            let mut slots = 1;
+            while descriptor.flags & (DESCRIPTOR_NEXT | DESCRIPTOR_INDIRECT) == DESCRIPTOR_NEXT {
+                if u32::from(slots) >= SEGMENTS_MAX || self.found_slots + slots >= size {
+                    return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX.min(u32::from(size)) }.into());
+                }
+                if self.found_slots + slots >= self.fetched_slots {
+                    return Ok(true);
+                }
+                descriptor = self.descriptor(engine, start.advance(slots, size).slot);
+                slots += 1;
+            }
+            self.found[usize::from(self.found_count)] = Found { first: start.slot, slots, ..Found::default() };
+            self.found_count += 1;
+            self.found_slots += slots;
+        }
+        Ok(false)
+    }
+
+    /// Fetches the indirect tables of the chains that were found.
+    fn request_tables<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
+        let mut used = 0;
+        for index in 0..self.found_count {
+            let found = self.found[usize::from(index)];
+            let last = Place { slot: found.first, wrap: true }.advance(found.slots - 1, self.ring.size());
+            let descriptor = self.descriptor(engine, last.slot);
+            let bytes = descriptor.length & !15;
+            if descriptor.flags & DESCRIPTOR_INDIRECT == 0 || bytes == 0 || bytes / 16 > SEGMENTS_MAX {
+                // None, or one of a forbidden size, which the walk names.
+                continue;
+            }
+            if used + bytes > TABLES_BYTES {
+                self.found_count = index;
+                return Ok(());
+            }
+            let found = &mut self.found[usize::from(index)];
+            found.table = self.places.tables.add(used);
+            found.table_count = bytes / 16;
+            used += bytes;
+            engine.read(Iova(descriptor.address), found.table, bytes)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn deliver<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        sink: &mut impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<(), QueueFault> {
+        let size = self.ring.size();
+        for index in 0..self.found_count {
+            let found = self.found[usize::from(index)];
+            self.walk.begin();
+            let mut place = Place { slot: found.first, wrap: true };
+            let mut id = 0;
+            for _ in 0..found.slots {
+                let PackedDescriptor { address, length, id: buffer, flags } = self.descriptor(engine, place.slot);
+                id = buffer;
+                if let Step::Indirect { .. } = self.walk.step(Descriptor { address, length, flags, next: 0 })? {
+                    let card = engine.card();
+                    self.walk.walk_list(found.table_count, |at| card.get(found.table.add(16 * at)))?;
+                }
+                place = place.advance(1, size);
+            }
+            self.ring.take(found.slots);
+            sink(engine, self.walk.chain(id, found.slots));
+        }
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32) {
+        let place = self.ring.stage_used(slots);
+        let flags = PackedRing::used_flags(place, written > 0);
+        let used = PackedDescriptor { address: 0, length: written, id, flags };
+        engine.card().put(self.places.used.add(16 * u32::from(place.slot)), used);
+        self.staged.push(Staged { slot: place.slot, flags });
+    }
+
+    #[inline]
+    pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
+        if self.publishing.is_none() {
+            let Some(&first) = self.staged.first() else { return Ok(None) };
+            self.write_behind_first(engine)?;
+            let from = self.places.used.add(16 * u32::from(first.slot));
+            engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
+            engine.card().put(self.places.first_flags, first.flags);
+            let flags_at = Iova(self.ring.descriptor_at(first.slot).0.wrapping_add(u64::from(FLAGS)));
+            engine.write_index(self.places.first_flags, flags_at)?;
+            self.staged.clear();
+            let slots = self.ring.publish();
+            // Our used flags against the driver's event: a full barrier on both sides (virtio 1.3, 2.8.10).
+            engine.order();
+            let event = self.ring.driver_event_at();
+            // Flags before the place they speak of: the driver writes them in the other order.
+            engine.read_index(Iova(event.0.wrapping_add(2)), self.places.event.add(2))?;
+            if self.event_index {
+                engine.read_index(event, self.places.event)?;
+            }
+            self.publishing = Some((engine.submit(), slots));
+        }
+        let Some((ticket, slots)) = self.publishing else { return Ok(None) };
+        if engine.landed()? < ticket {
+            return Ok(None);
+        }
+        self.publishing = None;
+        // Slots that were staged in the meantime lie behind those published.
+        let wanted = match engine.card().get::<u16>(self.places.event.add(2)) {
+            EVENT_DISABLE => false,
+            EVENT_DESCRIPTOR if self.event_index => {
+                let event = engine.card().get::<u16>(self.places.event);
+                let staged = self.ring.staged_slots();
+                self.ring.passes_event(event, slots + staged) && !(staged > 0 && self.ring.passes_event(event, staged))
+            }
+            _ => true,
+        };
+        Ok(Some(wanted))
+    }
+
+    /// Writes all staged used descriptors but the first, neighbours in one copy.
+    fn write_behind_first<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
+        let mut index = 1;
+        while index < self.staged.len() {
+            let first = self.staged[index].slot;
+            let mut count = 1;
+            while self.staged.get(index + usize::from(count)).is_some_and(|next| next.slot == first + count) {
+                count += 1;
+            }
+            let from = self.places.used.add(16 * u32::from(first));
+            engine.write(from, self.ring.descriptor_at(first), 16 * u32::from(count))?;
+            index += usize::from(count);
+        }
+        Ok(())
+    }
+
+    pub(super) const fn is_publishing(&self) -> bool {
+        self.ring.staged_slots() > 0 || self.publishing.is_some()
+    }
+
+    pub(super) const fn is_fetching(&self) -> bool {
+        !matches!(self.fetching, Fetching::Idle)
+    }
+
+    pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
+        if self.is_fetching() {
+            return Ok(Some(false));
+        }
+        let next = self.ring.next_avail();
+        let ticket = match self.arming.take() {
+            Some(ticket) => ticket,
+            None => {
+                self.say(engine, EVENT_ENABLE)?;
+                engine.order();
+                let flags_at = Iova(self.ring.descriptor_at(next.slot).0.wrapping_add(u64::from(FLAGS)));
+                engine.read_index(flags_at, self.places.event)?;
+                engine.submit()
+            }
+        };
+        if engine.landed()? < ticket {
+            self.arming = Some(ticket);
+            return Ok(None);
+        }
+        let empty = !PackedRing::is_available(engine.card().get(self.places.event), next);
+        if empty {
+            engine.forgive_empty_poll(2);
+        }
+        Ok(Some(empty))
+    }
+
+    pub(super) fn disarm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
+        self.say(engine, EVENT_DISABLE)?;
+        engine.submit();
+        Ok(())
+    }
+
+    fn say<E: DmaEngine>(&self, engine: &mut E, flags: u16) -> Result<(), QueueFault> {
+        engine.card().put(self.places.device_event, flags);
+        engine.write_index(self.places.device_event, Iova(self.ring.device_event_at().0.wrapping_add(2)))?;
+        Ok(())
+    }
+
+    pub(super) const fn position(&self) -> QueuePosition {
+        let (avail, used) = (self.ring.next_avail(), self.ring.next_used());
+        QueuePosition { next_avail: avail.slot, avail_wrap: avail.wrap, next_used: used.slot, used_wrap: used.wrap }
+    }
+}

@@ -1,0 +1,440 @@
+//! The mirror of a split ring (virtio 1.3, 2.7).
+//!
+//! Descriptors are fetched by speculation: chains that a driver takes from its free list mostly lie one behind the other,
+//! so the run from the first head to the last is fetched in one copy, as long as the chain before was for each. What was
+//! guessed wrong is fetched in further rounds.
+
+use super::{Fetched, QueueFault};
+use crate::address::CardAddress;
+use crate::dma::{DmaEngine, Ticket};
+use crate::link::{QueuePosition, QueueStart};
+use crate::mirror::{CardLayout, FETCH_MAX};
+use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, Run, SplitRing, passes_event};
+use crate::virtqueue::{
+    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX, Step,
+    UsedElement, features,
+};
+
+/// Card memory for the indirect tables of one batch: room for two thousand descriptors, and for at least one table.
+const TABLES_BYTES: u32 = 32 << 10;
+/// How many descriptors a guess fetches at most for one chain.
+const GUESS_MAX: u16 = 8;
+/// Two runs less than this many descriptors apart are fetched as one: 4 descriptors are a cache line.
+const GAP_MAX: u16 = 4;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fetching {
+    /// Nothing under way.
+    Idle,
+    /// The available index is on its way.
+    Index(Ticket),
+    /// `count` available entries are on their way.
+    Entries(Ticket, u16),
+    /// Descriptors and tables of `count` chains are on their way.
+    Descriptors(Ticket, u16),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Publishing {
+    Idle,
+    /// Used elements and the index are on their way, which takes the used index from one value to the next.
+    Waiting {
+        ticket: Ticket,
+        old: u16,
+        new: u16,
+    },
+}
+
+/// How far the search for a chain's descriptors has come.
+#[derive(Clone, Copy, Default)]
+struct Cursor {
+    /// The descriptor to look at next.
+    at: u16,
+    /// How many were looked at.
+    steps: u16,
+    /// All are here.
+    done: bool,
+    /// The chain's indirect table in card memory, and how many descriptors were fetched.
+    table: CardAddress,
+    table_count: u32,
+}
+
+/// Where the parts are in card memory.
+struct Places {
+    avail_index: CardAddress,
+    used_index: CardAddress,
+    driver_event: CardAddress,
+    device_event: CardAddress,
+    entries: CardAddress,
+    descriptors: CardAddress,
+    tables: CardAddress,
+    used: CardAddress,
+}
+
+pub(super) struct SplitMirror {
+    ring: SplitRing,
+    places: Places,
+    walk: ChainWalk,
+    fetching: Fetching,
+    publishing: Publishing,
+    cursors: [Cursor; FETCH_MAX as usize],
+    /// For each descriptor, the batch in which it was last fetched.
+    fetched_in: Box<[u32]>,
+    batch: u32,
+    /// How long the last chain was.
+    guess: u16,
+    tables_used: u32,
+    event_index: bool,
+    arming: Option<Ticket>,
+    /// The used index must be read from the ring first.
+    used_unknown: bool,
+}
+
+impl SplitMirror {
+    pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Self {
+        let size = u32::from(start.size);
+        let places = Places {
+            avail_index: layout.take(2),
+            used_index: layout.take(2),
+            driver_event: layout.take(2),
+            device_event: layout.take(2),
+            entries: layout.take(2 * u32::from(FETCH_MAX)),
+            descriptors: layout.take(16 * size),
+            tables: layout.take(TABLES_BYTES),
+            used: layout.take(8 * size),
+        };
+        Self {
+            ring: SplitRing::new(start.size, at, start.position.next_avail, 0),
+            places,
+            walk: ChainWalk::new(start.features & features::INDIRECT != 0),
+            fetching: Fetching::Idle,
+            publishing: Publishing::Idle,
+            cursors: [Cursor::default(); FETCH_MAX as usize],
+            fetched_in: vec![0; size as usize].into_boxed_slice(),
+            batch: 0,
+            guess: 3,
+            tables_used: 0,
+            event_index: start.features & features::EVENT_INDEX != 0,
+            arming: None,
+            used_unknown: true,
+        }
+    }
+
+    /// The used index is the ring's own: read before the first element is staged, so that a queue that starts anywhere goes
+    /// on where its ring stands.
+    #[cold]
+    fn learn_used_index<E: DmaEngine>(&mut self, engine: &mut E) -> Result<bool, QueueFault> {
+        let ticket = match self.fetching {
+            Fetching::Index(ticket) => ticket,
+            _ => {
+                engine.read_index(self.ring.used_index_at(), self.places.used_index)?;
+                engine.submit()
+            }
+        };
+        if engine.landed()? < ticket {
+            self.fetching = Fetching::Index(ticket);
+            return Ok(false);
+        }
+        self.fetching = Fetching::Idle;
+        let used = engine.card().get::<u16>(self.places.used_index);
+        self.ring.start_used_at(used);
+        self.used_unknown = false;
+        Ok(true)
+    }
+
+    #[inline]
+    pub(super) fn fetch<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        budget: u16,
+        mut sink: impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<Fetched, QueueFault> {
+        if self.used_unknown && !self.learn_used_index(engine)? {
+            return Ok(Fetched::Waiting);
+        }
+        loop {
+            match self.fetching {
+                Fetching::Idle => {
+                    if budget == 0 {
+                        return Ok(Fetched::Nothing);
+                    }
+                    // What is known to wait is taken first; the index is read again only when that is used up, which also
+                    // keeps the line of the driver's index with the driver.
+                    if self.ring.known_available() > 0 {
+                        let count = self.ring.known_available().min(budget);
+                        self.fetching = Fetching::Entries(self.request_entries(engine, count)?, count);
+                    } else {
+                        engine.read_index(self.ring.avail_index_at(), self.places.avail_index)?;
+                        self.fetching = Fetching::Index(engine.submit());
+                    }
+                }
+                Fetching::Index(ticket) => {
+                    if engine.landed()? < ticket {
+                        return Ok(Fetched::Waiting);
+                    }
+                    self.fetching = Fetching::Idle;
+                    if self.ring.see_avail(engine.card().get(self.places.avail_index))? == 0 {
+                        engine.forgive_empty_poll(2);
+                        return Ok(Fetched::Nothing);
+                    }
+                }
+                Fetching::Entries(ticket, count) => {
+                    if engine.landed()? < ticket {
+                        return Ok(Fetched::Waiting);
+                    }
+                    self.begin_batch(engine, count)?;
+                    self.fetching = Fetching::Descriptors(engine.submit(), count);
+                }
+                Fetching::Descriptors(ticket, count) => {
+                    if engine.landed()? < ticket {
+                        return Ok(Fetched::Waiting);
+                    }
+                    let (ready, missing) = self.follow_chains(engine, count)?;
+                    if missing {
+                        self.fetching = Fetching::Descriptors(engine.submit(), ready);
+                        continue;
+                    }
+                    self.fetching = Fetching::Idle;
+                    self.deliver(engine, ready, &mut sink)?;
+                    return Ok(Fetched::Chains(ready));
+                }
+            }
+        }
+    }
+
+    fn request_entries<E: DmaEngine>(&self, engine: &mut E, count: u16) -> Result<Ticket, QueueFault> {
+        let mut to = self.places.entries;
+        for Run { slot, count } in self.ring.avail_runs(count) {
+            if count > 0 {
+                engine.read(self.ring.avail_entry_at(slot), to, 2 * u32::from(count))?;
+                to = to.add(2 * u32::from(count));
+            }
+        }
+        Ok(engine.submit())
+    }
+
+    /// Guesses where the descriptors of the heads are, and fetches them.
+    #[inline]
+    fn begin_batch<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<(), QueueFault> {
+        self.batch = self.batch.wrapping_add(1);
+        if self.batch == 0 {
+            self.fetched_in.fill(0);
+            self.batch = 1;
+        }
+        self.tables_used = 0;
+        let size = self.ring.size();
+        let mut run: Option<(u16, u16)> = None;
+        for index in 0..count {
+            let head = engine.card().get::<u16>(self.places.entries.add(2 * u32::from(index)));
+            if head >= size {
+                return Err(RingFault::NoSuchDescriptor { number: head, size: u32::from(size) }.into());
+            }
+            self.cursors[usize::from(index)] = Cursor { at: head, ..Cursor::default() };
+            let end = head.saturating_add(self.guess).min(size);
+            run = match run {
+                Some((first, last)) if head >= first && head <= last.saturating_add(GAP_MAX) => {
+                    Some((first, last.max(end)))
+                }
+                // A free list that runs backwards.
+                Some((first, last)) if head < first && end >= first => Some((head, last)),
+                Some((first, last)) => {
+                    self.request_descriptors(engine, first, last)?;
+                    Some((head, end))
+                }
+                None => Some((head, end)),
+            };
+        }
+        if let Some((first, last)) = run {
+            self.request_descriptors(engine, first, last)?;
+        }
+        Ok(())
+    }
+
+    /// Fetches descriptors `first` to `end`.
+    #[inline]
+    fn request_descriptors<E: DmaEngine>(&mut self, engine: &mut E, first: u16, end: u16) -> Result<(), QueueFault> {
+        let to = self.places.descriptors.add(16 * u32::from(first));
+        engine.read(self.ring.descriptor_at(first), to, 16 * u32::from(end - first))?;
+        self.fetched_in[usize::from(first)..usize::from(end)].fill(self.batch);
+        Ok(())
+    }
+
+    /// Follows each chain as far as its descriptors are here, and fetches what is missing: further descriptors, and indirect
+    /// tables. Returns how many chains this batch shall have, and whether something was missing.
+    #[inline]
+    fn follow_chains<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<(u16, bool), QueueFault> {
+        let mut missing = false;
+        for index in 0..count {
+            let mut cursor = self.cursors[usize::from(index)];
+            while !cursor.done {
+                if self.fetched_in[usize::from(cursor.at)] != self.batch {
+                    let end = cursor.at.saturating_add(self.guess).min(self.ring.size());
+                    self.request_descriptors(engine, cursor.at, end)?;
+                    missing = true;
+                    break;
+                }
+                let descriptor = engine.card().get::<Descriptor>(self.descriptor_place(cursor.at));
+                cursor.steps += 1;
+                if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+                    cursor.done = true;
+                    // A table of a forbidden size is not fetched; the walk names the fault.
+                    let bytes = descriptor.length;
+                    if bytes / 16 <= SEGMENTS_MAX && bytes >= 16 {
+                        if self.tables_used + bytes > TABLES_BYTES {
+                            // No room in this batch: it ends before this chain.
+                            return Ok((index, missing));
+                        }
+                        cursor.table = self.places.tables.add(self.tables_used);
+                        cursor.table_count = bytes / 16;
+                        self.tables_used += (bytes / 16) * 16;
+                        engine.read(crate::address::Iova(descriptor.address), cursor.table, (bytes / 16) * 16)?;
+                        missing = true;
+                    }
+                } else if descriptor.flags & DESCRIPTOR_NEXT == 0
+                    || descriptor.next >= self.ring.size()
+                    || u32::from(cursor.steps) > SEGMENTS_MAX
+                {
+                    // The end, or a fault that the walk will name.
+                    cursor.done = true;
+                } else {
+                    cursor.at = descriptor.next;
+                }
+            }
+            self.cursors[usize::from(index)] = cursor;
+        }
+        Ok((count, missing))
+    }
+
+    #[inline]
+    fn descriptor_place(&self, number: u16) -> CardAddress {
+        self.places.descriptors.add(16 * u32::from(number))
+    }
+
+    /// Walks the chains of a batch, all of whose descriptors are in card memory, and hands them over.
+    #[inline]
+    fn deliver<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        count: u16,
+        sink: &mut impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<(), QueueFault> {
+        let size = self.ring.size();
+        for index in 0..count {
+            let head = engine.card().get::<u16>(self.places.entries.add(2 * u32::from(index)));
+            let cursor = self.cursors[usize::from(index)];
+            self.walk.begin();
+            let mut number = head;
+            loop {
+                let descriptor = engine.card().get::<Descriptor>(self.descriptor_place(number));
+                match self.walk.step(descriptor)? {
+                    Step::End => break,
+                    Step::Next(next) if next < size => number = next,
+                    Step::Next(next) => {
+                        return Err(RingFault::NoSuchDescriptor { number: next, size: u32::from(size) }.into());
+                    }
+                    Step::Indirect { .. } => {
+                        let card = engine.card();
+                        self.walk.walk_table(cursor.table_count, |at| card.get(cursor.table.add(16 * at)))?;
+                        break;
+                    }
+                }
+            }
+            self.guess = cursor.steps.clamp(1, GUESS_MAX);
+            self.ring.take(1);
+            sink(engine, self.walk.chain(head, 1));
+        }
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, written: u32) {
+        let slot = self.ring.stage_used();
+        engine
+            .card()
+            .put(self.places.used.add(8 * u32::from(slot)), UsedElement { id: u32::from(id), length: written });
+    }
+
+    #[inline]
+    pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
+        if self.publishing == Publishing::Idle {
+            if self.ring.staged() == 0 {
+                return Ok(None);
+            }
+            for Run { slot, count } in self.ring.staged_runs() {
+                if count > 0 {
+                    let from = self.places.used.add(8 * u32::from(slot));
+                    engine.write(from, self.ring.used_element_at(slot), 8 * u32::from(count))?;
+                }
+            }
+            let (old, new) = self.ring.publish();
+            engine.card().put(self.places.used_index, new);
+            engine.write_index(self.places.used_index, self.ring.used_index_at())?;
+            // The driver stores its event and then looks at our index; we store our index and then look at its event. One
+            // of the two sees the other's store only with a full barrier on both sides (virtio 1.3, 2.7.10).
+            engine.order();
+            let event = if self.event_index { self.ring.used_event_at() } else { self.ring.avail_flags_at() };
+            engine.read_index(event, self.places.driver_event)?;
+            self.publishing = Publishing::Waiting { ticket: engine.submit(), old, new };
+        }
+        let Publishing::Waiting { ticket, old, new } = self.publishing else { return Ok(None) };
+        if engine.landed()? < ticket {
+            return Ok(None);
+        }
+        self.publishing = Publishing::Idle;
+        let event = engine.card().get::<u16>(self.places.driver_event);
+        Ok(Some(if self.event_index { passes_event(event, old, new) } else { event & NO_INTERRUPT == 0 }))
+    }
+
+    pub(super) const fn is_publishing(&self) -> bool {
+        self.ring.staged() > 0 || matches!(self.publishing, Publishing::Waiting { .. })
+    }
+
+    pub(super) const fn is_fetching(&self) -> bool {
+        !matches!(self.fetching, Fetching::Idle)
+    }
+
+    pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
+        if self.is_fetching() || self.used_unknown {
+            return Ok(Some(false));
+        }
+        let ticket = match self.arming.take() {
+            Some(ticket) => ticket,
+            None => {
+                if self.event_index {
+                    engine.card().put(self.places.device_event, self.ring.next_avail());
+                    engine.write_index(self.places.device_event, self.ring.avail_event_at())?;
+                } else {
+                    engine.card().put(self.places.device_event, 0u16);
+                    engine.write_index(self.places.device_event, self.ring.used_flags_at())?;
+                }
+                // The mirror image of the race in `publish`: our wish for a doorbell against the driver's index.
+                engine.order();
+                engine.read_index(self.ring.avail_index_at(), self.places.avail_index)?;
+                engine.submit()
+            }
+        };
+        if engine.landed()? < ticket {
+            self.arming = Some(ticket);
+            return Ok(None);
+        }
+        let waiting = self.ring.see_avail(engine.card().get(self.places.avail_index))?;
+        if waiting == 0 {
+            engine.forgive_empty_poll(2);
+        }
+        Ok(Some(waiting == 0))
+    }
+
+    pub(super) fn disarm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
+        // With the event index an event that lies behind is no wish; without it a flag says so.
+        if !self.event_index {
+            engine.card().put(self.places.device_event, NO_NOTIFY);
+            engine.write_index(self.places.device_event, self.ring.used_flags_at())?;
+            engine.submit();
+        }
+        Ok(())
+    }
+
+    pub(super) const fn position(&self) -> QueuePosition {
+        QueuePosition { next_avail: self.ring.next_avail(), avail_wrap: false, next_used: 0, used_wrap: false }
+    }
+}

@@ -1,0 +1,75 @@
+//! The protocol by which a reactor goes to sleep without losing a wake-up.
+//!
+//! ```text
+//!   poster                      reactor
+//!   put the message             say "asleep"
+//!   full fence                  full fence
+//!   asleep? then ring the bell  anything there? then stay awake
+//! ```
+//!
+//! Each side stores, then looks at what the other stores. With a full fence between, at least one of the two sees the
+//! other's store; the tests model that with every interleaving that the memory model allows.
+
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+
+/// The flag and the fence, as an interface, so that a model checker can stand in for the real ones.
+pub(super) trait Flag {
+    fn set(&self, value: bool);
+    /// Sets to false and returns what it was.
+    fn take(&self) -> bool;
+    fn full_fence();
+}
+
+impl Flag for AtomicBool {
+    #[inline]
+    fn set(&self, value: bool) {
+        self.store(value, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn take(&self) -> bool {
+        // A plain look first: the reactor is mostly awake, and posters should not fight over the line.
+        self.load(Ordering::Relaxed) && self.swap(false, Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn full_fence() {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// Whether a reactor is asleep.
+#[derive(Debug, Default)]
+pub(super) struct Asleep<F = AtomicBool>(F);
+
+impl<F: Flag> Asleep<F> {
+    #[cfg(test)]
+    const fn with(flag: F) -> Self {
+        Self(flag)
+    }
+
+    /// The reactor wants to sleep: says so, then asks `is_idle` once more. Returns whether it may sleep.
+    pub(super) fn prepare(&self, is_idle: impl FnOnce() -> bool) -> bool {
+        self.0.set(true);
+        F::full_fence();
+        if is_idle() {
+            return true;
+        }
+        self.0.set(false);
+        false
+    }
+
+    /// The reactor is awake again.
+    pub(super) fn awake(&self) {
+        self.0.set(false);
+    }
+
+    /// Somebody has put something where the reactor looks. Returns whether its bell must be rung.
+    pub(super) fn must_ring(&self) -> bool {
+        F::full_fence();
+        self.0.take()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,184 @@
+//! The walk over one descriptor chain: from a table to a list of segments, the same for a split ring's table and for an
+//! indirect table.
+//!
+//! A chain is checked completely before anything of it is used: numbers in range, no loop (a length limit), readable
+//! buffers before writable ones, no table within a table.
+
+use super::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor, RingFault};
+use crate::address::Iova;
+
+/// The most buffers in one chain: the most data segments that a device of ours offers, and header and status.
+///
+/// The specification allows as many as the queue is large; but each must fit one system call's vector (1024), and a
+/// hostile chain must not cost more to walk than this.
+pub const SEGMENTS_MAX: u32 = 256 + 2;
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Segment {
+    /// Where it is.
+    pub address: Iova,
+    /// Its length, bytes.
+    pub length: u32,
+}
+
+/// A whole, checked chain.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'a> {
+    /// What the driver calls it: the head's number (split) or the buffer id (packed).
+    pub id: u16,
+    /// How many ring slots it took (packed; 1 on a split ring).
+    pub slots: u16,
+    /// The buffers, readable ones first; none is empty.
+    pub segments: &'a [Segment],
+    /// How many of them are readable.
+    pub readable: usize,
+    /// Sum of the readable lengths, bytes.
+    pub readable_bytes: u32,
+    /// Sum of the writable lengths, bytes.
+    pub writable_bytes: u32,
+}
+
+/// What one descriptor means for the walk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Go on with descriptor `next` of the same table (split) or with the next slot (packed).
+    Next(u16),
+    /// The chain goes on in a table of `count` descriptors at `table`, and ends there.
+    Indirect {
+        /// Where the table is.
+        table: Iova,
+        /// How many descriptors it has.
+        count: u32,
+    },
+    /// That was the last one.
+    End,
+}
+
+/// Collects the buffers of one chain. Reused from chain to chain.
+#[derive(Debug, Default)]
+pub struct ChainWalk {
+    segments: Vec<Segment>,
+    readable: usize,
+    readable_bytes: u32,
+    writable_bytes: u32,
+    steps: u32,
+    in_table: bool,
+    allow_indirect: bool,
+}
+
+impl ChainWalk {
+    /// A walk for a queue where indirect tables are allowed or not.
+    #[must_use]
+    pub fn new(allow_indirect: bool) -> Self {
+        Self { segments: Vec::with_capacity(SEGMENTS_MAX as usize), allow_indirect, ..Self::default() }
+    }
+
+    /// Starts with a new chain.
+    #[inline]
+    pub fn begin(&mut self) {
+        self.segments.clear();
+        self.readable = 0;
+        self.readable_bytes = 0;
+        self.writable_bytes = 0;
+        self.steps = 0;
+        self.in_table = false;
+    }
+
+    /// Takes the chain's next descriptor.
+    ///
+    /// # Errors
+    /// When the chain breaks a rule of virtio 1.3, 2.7.4 and 2.7.5.
+    #[inline]
+    pub fn step(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
+        self.steps += 1;
+        if self.steps > SEGMENTS_MAX {
+            return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
+        }
+        if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+            return self.enter_table(descriptor);
+        }
+        let writable = descriptor.flags & DESCRIPTOR_WRITE != 0;
+        let sum = if writable { &mut self.writable_bytes } else { &mut self.readable_bytes };
+        *sum = sum.checked_add(descriptor.length).ok_or(RingFault::ChainTooLarge)?;
+        if !writable && self.readable < self.segments.len() {
+            return Err(RingFault::ReadableAfterWritable);
+        }
+        // An empty buffer is legal and says nothing.
+        if descriptor.length != 0 {
+            self.segments.push(Segment { address: Iova(descriptor.address), length: descriptor.length });
+            self.readable += usize::from(!writable);
+        }
+        Ok(if descriptor.flags & DESCRIPTOR_NEXT != 0 { Step::Next(descriptor.next) } else { Step::End })
+    }
+
+    fn enter_table(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
+        if !self.allow_indirect || self.in_table || descriptor.flags & DESCRIPTOR_NEXT != 0 {
+            return Err(RingFault::IndirectNotAllowed);
+        }
+        let count = descriptor.length / 16;
+        if count == 0 || !descriptor.length.is_multiple_of(16) {
+            return Err(RingFault::IndirectSize { length: descriptor.length });
+        }
+        if count > SEGMENTS_MAX {
+            return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
+        }
+        self.in_table = true;
+        // The descriptor that names the table is not a buffer of the chain.
+        self.steps -= 1;
+        Ok(Step::Indirect { table: Iova(descriptor.address), count })
+    }
+
+    /// Walks a whole indirect table of `count` descriptors that `at` copies out, following its `next` links.
+    ///
+    /// # Errors
+    /// As for [`step`](Self::step), and for a link out of the table.
+    #[inline]
+    pub fn walk_table(&mut self, count: u32, at: impl Fn(u32) -> Descriptor) -> Result<(), RingFault> {
+        let mut number = 0u16;
+        loop {
+            if u32::from(number) >= count {
+                return Err(RingFault::NoSuchDescriptor { number, size: count });
+            }
+            match self.step(at(u32::from(number)))? {
+                Step::Next(next) => number = next,
+                Step::End => return Ok(()),
+                Step::Indirect { .. } => return Err(RingFault::IndirectNotAllowed),
+            }
+        }
+    }
+
+    /// Walks a whole indirect table of a packed ring: `count` descriptors one after the other, whose `NEXT` flags mean nothing
+    /// (virtio 1.3, 2.8.8).
+    ///
+    /// # Errors
+    /// As for [`step`](Self::step).
+    #[inline]
+    pub fn walk_list(&mut self, count: u32, at: impl Fn(u32) -> Descriptor) -> Result<(), RingFault> {
+        for number in 0..count {
+            let mut descriptor = at(number);
+            descriptor.flags &= !DESCRIPTOR_NEXT;
+            if let Step::Indirect { .. } = self.step(descriptor)? {
+                return Err(RingFault::IndirectNotAllowed);
+            }
+        }
+        Ok(())
+    }
+
+    /// The chain that was collected.
+    #[inline]
+    #[must_use]
+    pub fn chain(&self, id: u16, slots: u16) -> Chain<'_> {
+        Chain {
+            id,
+            slots,
+            segments: &self.segments,
+            readable: self.readable,
+            readable_bytes: self.readable_bytes,
+            writable_bytes: self.writable_bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
