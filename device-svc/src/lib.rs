@@ -11,19 +11,19 @@
 //!   (who the host is) (DMA)  (ring format)  (virtio-blk)      (null, ram, file, NBD)
 //! ```
 
-pub mod control;
-pub mod reactor;
-pub mod device;
-pub mod volume;
-pub mod mirror;
-pub mod backend;
-pub mod virtqueue;
-pub mod link;
-pub mod dma;
-pub mod config;
-pub mod metrics;
 pub mod address;
+pub mod backend;
 pub mod clock;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod dma;
+pub mod link;
+pub mod metrics;
+pub mod mirror;
+pub mod reactor;
+pub mod virtqueue;
+pub mod volume;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;
