@@ -1,1 +1,3 @@
 //! The control half.
+
+pub mod function;

@@ -17,7 +17,7 @@ use crate::dma::HostMemory;
 use crate::link::{QueuePosition, QueueStart};
 
 pub use crate::mirror::QueueFault;
-pub use pages::{Pages, PageRun};
+pub use pages::{PageRun, Pages};
 
 /// One virtqueue's pipeline, as a reactor sees it.
 ///

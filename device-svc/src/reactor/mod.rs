@@ -13,12 +13,13 @@ mod sleep;
 mod turn;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 pub use cpus::{available_cpus, quota_cpus};
 pub use mailbox::{Message, QueueKey, Stopped};
 
-use crate::config::{Poll, ReactorCount, ReactorsConfig};
+use crate::config::{PollConfig, ReactorCount, ReactorsConfig};
 use crate::metrics::ReactorCounters;
 use mailbox::Mailbox;
 
@@ -26,7 +27,9 @@ use mailbox::Mailbox;
 #[derive(Debug, thiserror::Error)]
 pub enum ReactorError {
     /// More reactors than CPUs that this process may use.
-    #[error("{asked} reactors asked for, but this process may use {available} CPUs; set `reactors.count` to at most that")]
+    #[error(
+        "{asked} reactors asked for, but this process may use {available} CPUs; set `reactors.count` to at most that"
+    )]
     TooMany {
         /// What was asked for.
         asked: usize,
@@ -44,6 +47,8 @@ pub struct ReactorHandle {
     mailbox: Arc<Mailbox>,
     counters: Arc<ReactorCounters>,
     cpu: usize,
+    /// Queues of functions that exist, running or not.
+    placed: Arc<AtomicUsize>,
 }
 
 impl ReactorHandle {
@@ -80,21 +85,22 @@ impl Reactors {
         let cpus = available_cpus()?;
         let count = match config.count {
             ReactorCount::Auto => quota_cpus().unwrap_or(cpus.len()).clamp(1, cpus.len()),
-            ReactorCount::Exactly(asked) if asked > cpus.len() => {
-                return Err(ReactorError::TooMany { asked, available: cpus.len() });
+            ReactorCount::Exactly(asked) if usize::from(asked) > cpus.len() => {
+                return Err(ReactorError::TooMany { asked: asked.into(), available: cpus.len() });
             }
-            ReactorCount::Exactly(asked) => asked.max(1),
+            ReactorCount::Exactly(asked) => usize::from(asked).max(1),
         };
         let mut reactors = Self { handles: Vec::new(), threads: Vec::new() };
         for (number, cpu) in cpus.into_iter().take(count).enumerate() {
             let mailbox = Arc::new(Mailbox::new()?);
             let counters = Arc::new(ReactorCounters::default());
-            let turning = turn::Turning::new(Arc::clone(&mailbox), Arc::clone(&counters), config.poll == Poll::Always)?;
+            let turning =
+                turn::Turning::new(Arc::clone(&mailbox), Arc::clone(&counters), config.poll == PollConfig::Always)?;
             let thread = std::thread::Builder::new().name(format!("reactor-{number}")).spawn(move || {
                 cpus::pin(cpu);
                 turning.run();
             })?;
-            reactors.handles.push(ReactorHandle { mailbox, counters, cpu });
+            reactors.handles.push(ReactorHandle { mailbox, counters, cpu, placed: Arc::default() });
             reactors.threads.push(thread);
         }
         Ok(reactors)
@@ -106,14 +112,25 @@ impl Reactors {
         &self.handles
     }
 
-    /// The number of the reactor with the fewest lanes, counting `planned` more on each.
+    /// Chooses a reactor for each of `queues` queues of one function, those with the fewest queues first, and at most
+    /// `spread` different ones. Returns their numbers; [`release`](Self::release) takes the queues off again.
     #[must_use]
-    pub fn least_loaded(&self, planned: &[usize]) -> usize {
-        (0..self.handles.len())
-            .min_by_key(|number| {
-                self.handles[*number].counters.lanes.get() as usize + planned.get(*number).copied().unwrap_or(0)
-            })
-            .unwrap_or(0)
+    pub fn place(&self, queues: u16, spread: usize) -> Vec<usize> {
+        let mut by_load: Vec<usize> = (0..self.handles.len()).collect();
+        by_load.sort_by_key(|number| self.handles[*number].placed.load(Ordering::Relaxed));
+        by_load.truncate(spread.max(1));
+        let placement: Vec<usize> = by_load.into_iter().cycle().take(usize::from(queues)).collect();
+        for number in &placement {
+            self.handles[*number].placed.fetch_add(1, Ordering::Relaxed);
+        }
+        placement
+    }
+
+    /// The queues of a placement are gone.
+    pub fn release(&self, placement: &[usize]) {
+        for number in placement {
+            self.handles[*number].placed.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -62,6 +62,8 @@ pub(super) struct Turning {
     waits: Vec<Wait>,
     completions: Vec<Completion>,
     turns: u64,
+    /// Abandoned lanes that are still in a slot.
+    abandoned: usize,
     shutdown: bool,
 }
 
@@ -78,6 +80,7 @@ impl Turning {
             waits: Vec::new(),
             completions: Vec::with_capacity(4096),
             turns: 0,
+            abandoned: 0,
             shutdown: false,
         };
         turning.watch(turning.mailbox.bell_fd(), EVENT_BELL);
@@ -137,7 +140,7 @@ impl Turning {
         for slot in self.lanes.iter_mut().flatten() {
             did |= slot.lane.finish_turn(now);
         }
-        if !self.waits.is_empty() {
+        if !self.waits.is_empty() || self.abandoned > 0 {
             self.settle(now);
         }
         did
@@ -203,7 +206,8 @@ impl Turning {
         if let Some(old) = self.lane_number(key) {
             self.abandon(old);
         }
-        let channel = self.channels.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.function == key.function));
+        let channel =
+            self.channels.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.function == key.function));
         let Some(channel) = channel else {
             // The function was closed in the meantime.
             return;
@@ -232,6 +236,7 @@ impl Turning {
         if let Some(slot) = &mut self.lanes[number] {
             slot.lane.abandon();
             slot.abandoned = true;
+            self.abandoned += 1;
             // A stop that was still waited for will not come.
             self.waits.retain(|wait| !matches!(wait, Wait::Stop(stopping, _) if *stopping == number));
         }
@@ -255,6 +260,7 @@ impl Turning {
                 *slot = None;
             }
         }
+        self.abandoned = self.lanes.iter().flatten().filter(|slot| slot.abandoned).count();
     }
 
     /// Answers a wait, or gives it back. An asker that has gone away is nobody's problem.

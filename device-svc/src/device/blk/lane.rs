@@ -336,7 +336,7 @@ impl<E: DmaEngine> BlkLane<E> {
             let going = match self.rows[number].request {
                 Request::Transfer { write, offset, bytes } => {
                     self.submit_transfer(now, number, write, offset, bytes, channel)?
-                },
+                }
                 Request::Flush => self.submit_one(number, BlockOperation::Flush, 0, 0, channel),
                 Request::Ranges { zero, count } => self.submit_ranges(now, number, zero, count, channel)?,
                 // Answered in `decode`.
@@ -975,7 +975,8 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         if self.shared.payload == PayloadPlace::InPlace {
             let old = self.mirror.engine_ref().memory();
             let unchanged = |segment: &Segment| {
-                let (was, is) = (old.runs(segment.address, segment.length), memory.runs(segment.address, segment.length));
+                let (was, is) =
+                    (old.runs(segment.address, segment.length), memory.runs(segment.address, segment.length));
                 was.eq(is)
             };
             if self.rows.iter().any(|row| row.outstanding > 0 && !row.data.iter().all(unchanged)) {

@@ -37,6 +37,7 @@ const IN_PLACE_BYTES_MAX: u32 = 1 << 30;
 pub struct BlkShared {
     size_bytes: AtomicU64,
     write_back: AtomicBool,
+    write_back_at_reset: bool,
     /// The logical block size, bytes.
     pub block_bytes: u32,
     physical_block_bytes: u32,
@@ -56,6 +57,7 @@ pub struct BlkShared {
     queues: u16,
     queue_size_max: u16,
     packed: bool,
+    segments_max: u16,
     /// The function's own limit, then that of its group.
     pub limits: Vec<Arc<Limit>>,
 }
@@ -69,6 +71,12 @@ pub struct BlkSettings {
     pub queue_size_max: u16,
     /// Whether packed rings are offered.
     pub packed: bool,
+    /// Data buffers of one request at most.
+    pub segments_max: u16,
+    /// The logical block size shown, bytes, if not the volume's own; at least that.
+    pub block_bytes: Option<u32>,
+    /// Whether the write cache is on until the driver says otherwise.
+    pub write_back: bool,
     /// Whether payload goes through card memory though it could stay in place.
     pub copy_payload: bool,
     /// Whether the guest must not write.
@@ -117,12 +125,14 @@ impl BlkShared {
     #[must_use]
     pub fn new(settings: BlkSettings, info: &BlockInfo) -> Self {
         let payload = if settings.copy_payload { PayloadPlace::Card } else { info.payload };
+        let block_bytes = settings.block_bytes.unwrap_or(info.block_bytes).max(info.block_bytes);
         Self {
-            size_bytes: AtomicU64::new(info.size_bytes),
-            write_back: AtomicBool::new(info.volatile_cache),
-            block_bytes: info.block_bytes,
-            physical_block_bytes: info.physical_block_bytes.max(info.block_bytes),
-            discard_alignment_bytes: info.discard_alignment_bytes.max(info.block_bytes),
+            size_bytes: AtomicU64::new(info.size_bytes - info.size_bytes % u64::from(block_bytes)),
+            write_back: AtomicBool::new(info.volatile_cache && settings.write_back),
+            write_back_at_reset: settings.write_back,
+            block_bytes,
+            physical_block_bytes: info.physical_block_bytes.max(block_bytes),
+            discard_alignment_bytes: info.discard_alignment_bytes.max(block_bytes),
             read_only: settings.read_only || info.read_only,
             volatile_cache: info.volatile_cache,
             discard: info.discard,
@@ -133,6 +143,7 @@ impl BlkShared {
             queues: settings.queues,
             queue_size_max: settings.queue_size_max,
             packed: settings.packed,
+            segments_max: settings.segments_max,
             limits: settings.limits,
         }
     }
@@ -146,7 +157,12 @@ impl BlkShared {
 
     /// The disk has another size now.
     pub fn set_size_bytes(&self, size_bytes: u64) {
-        self.size_bytes.store(size_bytes, Ordering::Relaxed);
+        self.size_bytes.store(size_bytes - size_bytes % u64::from(self.block_bytes), Ordering::Relaxed);
+    }
+
+    /// Device reset: what the driver chose is forgotten.
+    pub fn reset(&self) {
+        self.set_write_back(self.volatile_cache && self.write_back_at_reset);
     }
 
     /// Queues.
@@ -215,7 +231,8 @@ impl BlkShared {
             PayloadPlace::Card => (COPIED_SEGMENT_BYTES, COPIED_SEGMENTS),
         };
         // Without indirect tables a chain must fit the ring, with header and status.
-        let seg_max = seg_max.min(u32::from(self.queue_size_max).saturating_sub(2).max(1));
+        let seg_max =
+            seg_max.min(u32::from(self.segments_max)).min(u32::from(self.queue_size_max).saturating_sub(2).max(1));
         let space = ConfigSpace {
             capacity: self.size_bytes() / SECTOR_BYTES,
             size_max,

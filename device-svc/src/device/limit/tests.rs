@@ -25,12 +25,8 @@ fn lets_through_the_rate_and_the_burst() {
 
 #[test]
 fn reads_and_writes_are_limited_apart() {
-    let limit = Limit::new(&Rates {
-        read_bandwidth: 4096 * 500,
-        write_iops: 50,
-        burst: Duration::ZERO,
-        ..Rates::default()
-    });
+    let limit =
+        Limit::new(&Rates { read_bandwidth: 4096 * 500, write_iops: 50, burst: Duration::ZERO, ..Rates::default() });
     let reads = passed(&limit, Way::Read, 4096, 1_000_000_000, 1);
     let writes = passed(&limit, Way::Write, 4096, 1_000_000_000, 1);
     assert_eq!((reads, writes), (500, 50));

@@ -1,0 +1,405 @@
+//! One function while it exists: the glue between its link, its queues' lanes on the reactors, and its volume.
+//!
+//! The link calls [`FunctionSide`] from a thread of its own and may wait for a reactor's answer; a reactor never waits for
+//! anybody. What goes wrong on a reactor comes back through a courier thread, because telling the host may block.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::backend::BackendError;
+use crate::config::{FunctionConfig, LimitConfig, LinkConfig, PayloadConfig};
+use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
+use crate::device::limit::{Limit, Rates};
+use crate::device::{FaultReport, QueueFault};
+use crate::dma::{CopyEngine, HostMemory};
+use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
+use crate::metrics::QueueCounters;
+use crate::mirror::check_addresses;
+use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
+use crate::volume::Volume;
+
+/// Functions are numbered over the life of the process; a number is never used twice.
+static NEXT_NUMBER: AtomicU32 = AtomicU32::new(1);
+
+/// What a queue was started with, as far as a stopped one must match to go on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    size: u16,
+    features: u64,
+    descriptors: crate::address::Iova,
+    driver: crate::address::Iova,
+    device: crate::address::Iova,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum QueueState {
+    Off,
+    Running(Shape),
+    /// Stopped, with requests that wait for a server, at this position.
+    Parked(Shape, QueuePosition),
+}
+
+struct Inner {
+    memory: Arc<HostMemory>,
+    features: u64,
+    host: Option<Arc<dyn HostEvents>>,
+    queues: Vec<QueueState>,
+    fault: Option<String>,
+    closed: bool,
+}
+
+/// How a function stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// Nobody is attached.
+    Waiting,
+    /// Somebody is attached, and so many queues run.
+    Attached {
+        /// Queues that run.
+        running: u16,
+    },
+    /// A fault of the guest stopped it; it needs a reset.
+    NeedsReset {
+        /// What the guest did.
+        reason: String,
+    },
+}
+
+/// A virtio-blk function.
+pub struct BlkFunction {
+    number: u32,
+    name: String,
+    shared: Arc<BlkShared>,
+    limit: Arc<Limit>,
+    counters: Vec<Arc<QueueCounters>>,
+    reactors: Arc<Reactors>,
+    placement: Vec<usize>,
+    courier: Sender<Notice>,
+    notify: Box<dyn Fn(Standing) + Send + Sync>,
+    inner: Mutex<Inner>,
+}
+
+/// A fault on its way from a reactor to the host.
+pub struct Notice {
+    function: Weak<BlkFunction>,
+    queue: u16,
+    fault: QueueFault,
+}
+
+/// The reactor's end of the courier.
+struct Reporter {
+    function: Weak<BlkFunction>,
+    courier: Sender<Notice>,
+}
+
+impl FaultReport for Reporter {
+    fn queue_failed(&self, queue: u16, fault: QueueFault) {
+        // The service is ending if nobody listens any more.
+        let _ = self.courier.send(Notice { function: Weak::clone(&self.function), queue, fault });
+    }
+}
+
+/// Starts the thread that carries faults from the reactors to the functions they concern. It ends when the last sender is
+/// gone.
+///
+/// # Errors
+/// When the kernel refuses a thread.
+pub fn start_courier() -> std::io::Result<Sender<Notice>> {
+    let (sender, receiver): (Sender<Notice>, Receiver<Notice>) = channel();
+    std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
+        for Notice { function, queue, fault } in receiver {
+            if let Some(function) = function.upgrade() {
+                function.queue_failed(queue, fault);
+            }
+        }
+    })?;
+    Ok(sender)
+}
+
+/// The rates of a configured limit.
+#[must_use]
+pub fn rates_of(config: &LimitConfig) -> Rates {
+    Rates {
+        iops: config.iops.unwrap_or(0),
+        bandwidth: config.bandwidth.unwrap_or(0),
+        read_iops: config.read_iops.unwrap_or(0),
+        read_bandwidth: config.read_bandwidth.unwrap_or(0),
+        write_iops: config.write_iops.unwrap_or(0),
+        write_bandwidth: config.write_bandwidth.unwrap_or(0),
+        burst: config.burst,
+    }
+}
+
+impl BlkFunction {
+    /// Makes the function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of its
+    /// group; `notify` is told of each change of standing.
+    ///
+    /// # Errors
+    /// When the volume's storage refuses.
+    pub fn new(
+        config: &FunctionConfig,
+        volume: &Volume,
+        group: Option<Arc<Limit>>,
+        reactors: Arc<Reactors>,
+        courier: Sender<Notice>,
+        notify: impl Fn(Standing) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, BackendError> {
+        let info = volume.info();
+        let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
+        let LinkConfig::VhostUser { payload, .. } = &config.link;
+        let settings = BlkSettings {
+            queues: config.queues,
+            queue_size_max: config.queue_size,
+            packed: config.packed,
+            segments_max: config.seg_max,
+            block_bytes: config.block_bytes,
+            write_back: config.write_cache,
+            copy_payload: *payload == PayloadConfig::Copy,
+            read_only: volume.read_only,
+            serial: volume.serial,
+            io_timeout: volume.io_timeout,
+            limits: std::iter::once(Arc::clone(&limit)).chain(group).collect(),
+        };
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
+        let placement = reactors.place(config.queues, info.channels_max);
+        let function = Arc::new(Self {
+            number,
+            name: config.name.clone(),
+            shared: Arc::new(BlkShared::new(settings, &info)),
+            limit,
+            counters: (0..config.queues).map(|_| Arc::default()).collect(),
+            reactors,
+            placement,
+            courier,
+            notify: Box::new(notify),
+            inner: Mutex::new(Inner {
+                memory: Arc::default(),
+                features: 0,
+                host: None,
+                queues: vec![QueueState::Off; usize::from(config.queues)],
+                fault: None,
+                closed: false,
+            }),
+        });
+        // All channels first: a function is made whole or not at all.
+        let used = function.used_reactors();
+        let channels = used.iter().map(|_| volume.backend.open_channel()).collect::<Result<Vec<_>, _>>()?;
+        for (reactor, channel) in used.into_iter().zip(channels) {
+            reactor.post(Message::OpenChannel { function: number, channel });
+        }
+        Ok(function)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic in another thread leaves the state as it was between two steps, and each step is whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn used_reactors(&self) -> Vec<&ReactorHandle> {
+        let mut numbers = self.placement.clone();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.into_iter().map(|number| &self.reactors.handles()[number]).collect()
+    }
+
+    fn reactor_of(&self, queue: u16) -> &ReactorHandle {
+        &self.reactors.handles()[self.placement[usize::from(queue)]]
+    }
+
+    /// What its queues count.
+    #[must_use]
+    pub fn counters(&self) -> &[Arc<QueueCounters>] {
+        &self.counters
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        Self::standing_of(&self.lock())
+    }
+
+    fn standing_of(inner: &Inner) -> Standing {
+        let running = inner.queues.iter().filter(|queue| matches!(queue, QueueState::Running(_))).count() as u16;
+        match (&inner.fault, &inner.host) {
+            (Some(reason), _) => Standing::NeedsReset { reason: reason.clone() },
+            (None, Some(_)) => Standing::Attached { running },
+            (None, None) => Standing::Waiting,
+        }
+    }
+
+    /// Changes its limit while it runs.
+    pub fn set_limit(&self, limit: &LimitConfig) {
+        self.limit.set(&rates_of(limit));
+    }
+
+    /// Its volume has another size: the guest gets a configuration interrupt.
+    pub fn resized(&self, size_bytes: u64) {
+        self.shared.set_size_bytes(size_bytes);
+        let host = self.lock().host.clone();
+        if let Some(host) = host {
+            host.config_changed();
+        }
+    }
+
+    /// Lets go of everything; the link has been closed before.
+    pub fn close(&self) {
+        {
+            let mut inner = self.lock();
+            if std::mem::replace(&mut inner.closed, true) {
+                return;
+            }
+            inner.host = None;
+        }
+        self.ask_each(|reply| Message::CloseChannel { function: self.number, reply });
+        self.reactors.release(&self.placement);
+    }
+
+    /// Posts a message to every reactor that the function is on, and waits for all answers.
+    fn ask_each(&self, message: impl Fn(Sender<()>) -> Message) {
+        let (reply, answers) = channel();
+        for reactor in self.used_reactors() {
+            reactor.post(message(reply.clone()));
+        }
+        drop(reply);
+        // Ends when every reactor has answered, or dropped the question because it ends.
+        while answers.recv().is_ok() {}
+    }
+
+    fn queue_failed(&self, queue: u16, fault: QueueFault) {
+        let host = {
+            let mut inner = self.lock();
+            inner.fault = Some(format!("queue {queue}: {fault}"));
+            inner.host.clone()
+        };
+        tracing::warn!(function = %self.name, queue, %fault, "the guest broke a rule; the function stops until it is reset");
+        if let Some(host) = host {
+            host.needs_reset(Some(queue));
+        }
+        (self.notify)(self.standing());
+    }
+
+    fn stop_locked(&self, inner: &mut Inner, queue: u16) -> Option<QueuePosition> {
+        let slot = usize::from(queue);
+        let QueueState::Running(shape) = inner.queues[slot] else { return None };
+        let (reply, answer) = channel();
+        self.reactor_of(queue).post(Message::Stop { key: QueueKey { function: self.number, queue }, reply });
+        let Stopped { position, parked } = answer.recv().ok().flatten()?;
+        inner.queues[slot] = if parked { QueueState::Parked(shape, position) } else { QueueState::Off };
+        Some(position)
+    }
+
+    fn reset_locked(&self, inner: &mut Inner) {
+        self.ask_each(|reply| Message::Reset { function: self.number, reply });
+        inner.queues.fill(QueueState::Off);
+        inner.features = 0;
+        inner.fault = None;
+        self.shared.reset();
+    }
+}
+
+impl FunctionSide for Arc<BlkFunction> {
+    fn offered_features(&self) -> u64 {
+        self.shared.offered_features()
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.shared.queues()
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.shared.queue_size_max()
+    }
+
+    fn config_space(&self) -> Vec<u8> {
+        self.shared.config_space()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Refusal> {
+        if self.shared.write_config(offset, data) {
+            return Ok(());
+        }
+        Err(Refusal::Invalid(format!("no writable field of {} bytes at offset {offset}", data.len())))
+    }
+
+    fn accept_features(&self, features: u64) -> Result<(), Refusal> {
+        let unknown = features & !self.shared.offered_features();
+        if unknown != 0 {
+            return Err(Refusal::Invalid(format!("features {unknown:#x} were not offered")));
+        }
+        self.lock().features = features;
+        Ok(())
+    }
+
+    fn attach(&self, events: Arc<dyn HostEvents>) {
+        self.lock().host = Some(events);
+        (self.notify)(self.standing());
+    }
+
+    fn set_memory(&self, memory: Arc<HostMemory>) {
+        let mut inner = self.lock();
+        inner.memory = Arc::clone(&memory);
+        self.ask_each(|reply| Message::SetMemory { function: self.number, memory: Arc::clone(&memory), reply });
+    }
+
+    fn start_queue(&self, start: QueueStart) -> Result<(), Refusal> {
+        let mut inner = self.lock();
+        if inner.closed {
+            return Err(Refusal::Gone);
+        }
+        if start.index >= self.shared.queues() || start.size > self.shared.queue_size_max() {
+            return Err(Refusal::Invalid(format!("queue {} of {} entries does not exist", start.index, start.size)));
+        }
+        if start.features & !self.shared.offered_features() != 0 {
+            return Err(Refusal::Invalid(format!("features {:#x} were not offered", start.features)));
+        }
+        check_addresses(&start, &inner.memory).map_err(Refusal::Invalid)?;
+        let queue = start.index;
+        self.stop_locked(&mut inner, queue);
+        let key = QueueKey { function: self.number, queue };
+        let (descriptors, driver, device) = (start.descriptors, start.driver, start.device);
+        let shape = Shape { size: start.size, features: start.features, descriptors, driver, device };
+        if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
+            self.reactor_of(queue).post(Message::Resume { key, start });
+        } else {
+            let reporter = Reporter { function: Arc::downgrade(self), courier: self.courier.clone() };
+            let counters = Arc::clone(&self.counters[usize::from(queue)]);
+            let memory = Arc::clone(&inner.memory);
+            let lane = BlkLane::new(start, Arc::clone(&self.shared), counters, Arc::new(reporter), |card| {
+                CopyEngine::new(card, memory)
+            })
+            .map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
+            self.reactor_of(queue).post(Message::Start { key, lane: Box::new(lane) });
+        }
+        inner.queues[usize::from(queue)] = QueueState::Running(shape);
+        let standing = BlkFunction::standing_of(&inner);
+        drop(inner);
+        (self.notify)(standing);
+        Ok(())
+    }
+
+    fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
+        let mut inner = self.lock();
+        if index >= self.shared.queues() {
+            return None;
+        }
+        self.stop_locked(&mut inner, index)
+    }
+
+    fn reset(&self) {
+        self.reset_locked(&mut self.lock());
+        (self.notify)(self.standing());
+    }
+
+    fn detach(&self) {
+        {
+            let mut inner = self.lock();
+            self.reset_locked(&mut inner);
+            inner.host = None;
+            inner.memory = Arc::default();
+            let empty = Arc::clone(&inner.memory);
+            self.ask_each(|reply| Message::SetMemory { function: self.number, memory: Arc::clone(&empty), reply });
+        }
+        (self.notify)(self.standing());
+    }
+}
