@@ -44,7 +44,7 @@ impl NullBackend {
 }
 
 fn check_size(size_bytes: u64) -> Result<(), BackendError> {
-    if size_bytes == 0 || size_bytes % u64::from(BLOCK_BYTES) != 0 {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(BLOCK_BYTES)) {
         return Err(BackendError::Refused(format!(
             "a null volume cannot have {size_bytes} bytes: give a multiple of {BLOCK_BYTES}, not 0"
         )));

@@ -32,7 +32,7 @@ impl Pages {
     pub fn new(start: CardAddress, count: u32) -> Self {
         let mut taken = vec![0u64; count.div_ceil(64) as usize].into_boxed_slice();
         // The bits behind the end are never free.
-        if count % 64 != 0
+        if !count.is_multiple_of(64)
             && let Some(last) = taken.last_mut()
         {
             *last = u64::MAX << (count % 64);

@@ -15,8 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 /// The flag and the fence, as an interface, so that a model checker can stand in for the real ones.
 pub(super) trait Flag {
     fn set(&self, value: bool);
-    /// Sets to false and returns what it was.
-    fn take(&self) -> bool;
+    fn get(&self) -> bool;
     fn full_fence();
 }
 
@@ -27,9 +26,8 @@ impl Flag for AtomicBool {
     }
 
     #[inline]
-    fn take(&self) -> bool {
-        // A plain look first: the reactor is mostly awake, and posters should not fight over the line.
-        self.load(Ordering::Relaxed) && self.swap(false, Ordering::Relaxed)
+    fn get(&self) -> bool {
+        self.load(Ordering::Relaxed)
     }
 
     #[inline]
@@ -64,10 +62,11 @@ impl<F: Flag> Asleep<F> {
         self.0.set(false);
     }
 
-    /// Somebody has put something where the reactor looks. Returns whether its bell must be rung.
+    /// Somebody has put something where the reactor looks. Returns whether its bell must be rung; two posters may both ring
+    /// it, which costs less than an exchange that every poster would fight over.
     pub(super) fn must_ring(&self) -> bool {
         F::full_fence();
-        self.0.take()
+        self.0.get()
     }
 }
 

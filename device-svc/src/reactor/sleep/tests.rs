@@ -9,8 +9,8 @@ impl Flag for AtomicBool {
         self.store(value, Ordering::Relaxed);
     }
 
-    fn take(&self) -> bool {
-        self.swap(false, Ordering::Relaxed)
+    fn get(&self) -> bool {
+        self.load(Ordering::Relaxed)
     }
 
     fn full_fence() {
