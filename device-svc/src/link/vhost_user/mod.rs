@@ -1,1 +1,178 @@
-//! vhost-user.
+//! The vhost-user link: any VMM, and programs that drive virtqueues without one, over a Unix socket.
+//!
+//! ```text
+//!   server.rs / client.rs   one connection after another
+//!        └► session.rs      one front end's conversation: messages in, answers out
+//!             ├► regions.rs the memory that it shares
+//!             ├► ring.rs    each ring's parameters, and when it runs
+//!             └► port.rs    doorbell and interrupt of a running ring
+//! ```
+//!
+//! A connection's messages are read on a thread of its own, so half a message stalls nobody. Framing is the `vhost` crate's; a
+//! message that breaks the protocol ends the connection, never the service. `VIRTIO_F_ACCESS_PLATFORM` is not offered on this
+//! link, so there are no IOTLB messages: rings and buffers are named by guest-physical addresses.
+
+mod client;
+mod port;
+mod regions;
+mod ring;
+mod server;
+mod session;
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use super::FunctionSide;
+use server::Listening;
+
+/// Where and how a link meets its front end.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VhostUserSettings {
+    /// The function's name, for messages to people.
+    pub function: String,
+    /// The socket.
+    pub socket: PathBuf,
+    /// Who listens on it.
+    pub role: Role,
+}
+
+/// Who listens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// The card does, on a socket with these permissions.
+    Server {
+        /// Permission bits, 0 to 0o777.
+        mode: u32,
+    },
+    /// The VMM does; the card connects, and again whenever the connection ends.
+    Client,
+}
+
+/// Why a link could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Somebody serves that socket.
+    #[error("socket {0} is in use: another process listens on it")]
+    InUse(PathBuf),
+    /// Something that is not a socket is there.
+    #[error("{0} exists and is not a socket; remove it or choose another path")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("socket {path}: {error}")]
+    System {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+}
+
+/// What the link's threads and its owner share.
+struct Shared {
+    settings: VhostUserSettings,
+    function: Arc<dyn FunctionSide>,
+    stopping: AtomicBool,
+    /// The connection that is served, so that its owner can end a read that blocks.
+    connection: Mutex<Option<UnixStream>>,
+}
+
+impl Shared {
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Serves one front end until it goes away.
+    fn serve(&self, stream: UnixStream) {
+        let held = match stream.try_clone() {
+            Ok(held) => held,
+            Err(error) => {
+                tracing::warn!(function = %self.settings.function, %error, "a front end could not be served");
+                return;
+            }
+        };
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
+        // The owner may have looked for a connection just before there was one.
+        if !self.is_stopping() {
+            session::run(stream, &self.settings.function, &self.function);
+        }
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        if let Some(connection) = &*self.connection.lock().unwrap_or_else(PoisonError::into_inner) {
+            // A connection that is gone already needs no end.
+            let _ = connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+/// A function's vhost-user link. Dropping it ends the connection and removes the socket.
+pub struct VhostUserLink {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    waker: Arc<nix::sys::eventfd::EventFd>,
+}
+
+impl VhostUserLink {
+    /// Starts to listen, or to connect, for `function`.
+    ///
+    /// # Errors
+    /// When the socket is in use or cannot be made.
+    pub fn start(settings: VhostUserSettings, function: Arc<dyn FunctionSide>) -> Result<Self, LinkError> {
+        let path = settings.socket.clone();
+        let system = |error| LinkError::System { path: path.clone(), error };
+        let waker = Arc::new(
+            nix::sys::eventfd::EventFd::from_value_and_flags(
+                0,
+                nix::sys::eventfd::EfdFlags::EFD_NONBLOCK | nix::sys::eventfd::EfdFlags::EFD_CLOEXEC,
+            )
+            .map_err(|error| system(error.into()))?,
+        );
+        let listening = match settings.role {
+            Role::Server { mode } => Some(Listening::open(&settings.socket, mode)?),
+            Role::Client => None,
+        };
+        let name = format!("link {}", settings.function);
+        let shared = Arc::new(Shared {
+            settings,
+            function,
+            stopping: AtomicBool::new(false),
+            connection: Mutex::new(None),
+        });
+        let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
+        // The kernel keeps 15 bytes of a thread's name.
+        let thread = std::thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .spawn(move || match listening {
+                Some(listening) => server::run(&theirs, &listening, &wake),
+                None => client::run(&theirs, &wake),
+            })
+            .map_err(system)?;
+        Ok(Self { shared, thread: Some(thread), waker })
+    }
+
+    /// Ends the connection, removes the socket and waits for the link's thread.
+    pub fn stop(&mut self) {
+        self.shared.stop();
+        // A full counter rings just as well.
+        let _ = self.waker.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(function = %self.shared.settings.function, "the link's thread panicked");
+        }
+    }
+}
+
+impl Drop for VhostUserLink {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+//! One ring as the front end has described it so far, and when it runs.
+//!
+//! ```text
+//!   num, addr, base, (call, err)  ─► kick ─► started ─► enable ─► runs
+//!   get_vring_base ─► stopped, its position is the base from now on
+//! ```
+
+use super::port::{Event, EventPort};
+use super::regions::Regions;
+use crate::address::FrontEndAddress;
+use crate::link::{QueuePosition, QueueStart};
+use crate::virtqueue::{QUEUE_SIZE_MAX, features};
+
+/// The three addresses of a ring, in the front end's terms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct RingAddresses {
+    pub(super) descriptors: FrontEndAddress,
+    pub(super) driver: FrontEndAddress,
+    pub(super) device: FrontEndAddress,
+}
+
+/// One ring.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    pub(super) size: u16,
+    pub(super) addresses: Option<RingAddresses>,
+    pub(super) position: QueuePosition,
+    pub(super) kick: Option<Event>,
+    pub(super) call: Option<Event>,
+    pub(super) err: Option<Event>,
+    /// A kick descriptor has come, or word that there will be none.
+    pub(super) started: bool,
+    pub(super) enabled: bool,
+    /// The function was told to run it.
+    pub(super) running: bool,
+}
+
+/// A base as SET_VRING_BASE and GET_VRING_BASE carry it: on a split ring the available index, on a packed ring available slot
+/// and wrap counter in the lower half, used slot and wrap counter in the upper.
+pub(super) fn decode_base(base: u32, packed: bool) -> Result<QueuePosition, String> {
+    if !packed {
+        let next_avail = u16::try_from(base).map_err(|_| format!("{base:#x} is not an available index"))?;
+        return Ok(QueuePosition { next_avail, ..QueuePosition::default() });
+    }
+    let (avail, used) = (base as u16, (base >> 16) as u16);
+    Ok(QueuePosition {
+        next_avail: avail & 0x7fff,
+        avail_wrap: avail & 0x8000 != 0,
+        next_used: used & 0x7fff,
+        used_wrap: used & 0x8000 != 0,
+    })
+}
+
+/// The other way round.
+pub(super) fn encode_base(position: QueuePosition, packed: bool) -> u32 {
+    if !packed {
+        return u32::from(position.next_avail);
+    }
+    let half = |slot: u16, wrap: bool| u32::from(slot) | u32::from(wrap) << 15;
+    half(position.next_avail, position.avail_wrap) | half(position.next_used, position.used_wrap) << 16
+}
+
+impl Ring {
+    /// Takes the number of entries.
+    pub(super) fn set_size(&mut self, size: u32, size_max: u16) -> Result<(), String> {
+        match u16::try_from(size) {
+            Ok(size) if size > 0 && size <= size_max.min(QUEUE_SIZE_MAX) => {
+                self.size = size;
+                Ok(())
+            }
+            _ => Err(format!("{size} is not a queue size from 1 to {size_max}")),
+        }
+    }
+
+    /// Whether it is to run.
+    pub(super) const fn is_wanted(&self) -> bool {
+        self.started && self.enabled && self.addresses.is_some() && self.size > 0
+    }
+
+    /// What the function needs to run it.
+    pub(super) fn start(&self, index: u16, regions: &Regions, accepted: u64) -> Result<QueueStart, String> {
+        let Some(addresses) = self.addresses else { return Err("it has no addresses".to_owned()) };
+        let translate = |address| {
+            regions.translate(address).ok_or_else(|| format!("{:#x} is outside the shared memory", address.0))
+        };
+        let again = |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
+        let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)? };
+        let mut position = self.position;
+        // A packed ring that nobody gave a base starts on its first lap.
+        if accepted & features::RING_PACKED != 0 && position == QueuePosition::default() {
+            (position.avail_wrap, position.used_wrap) = (true, true);
+        }
+        Ok(QueueStart {
+            index,
+            size: self.size,
+            descriptors: translate(addresses.descriptors)?,
+            driver: translate(addresses.driver)?,
+            device: translate(addresses.device)?,
+            position,
+            features: accepted,
+            port: Box::new(port),
+        })
+    }
+}

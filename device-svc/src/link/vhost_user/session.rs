@@ -1,0 +1,399 @@
+//! One front end's conversation, from connection to hang-up.
+//!
+//! Every message is checked here against what the function has; what is refused is answered with an error where the protocol
+//! has an answer (REPLY_ACK), and ends the connection where it has none.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserFrontendReqHandler,
+};
+
+use super::port::Event;
+use super::regions::{Regions, SLOTS_MAX, Slot};
+use super::ring::{Ring, RingAddresses, decode_base, encode_base};
+use crate::address::{FrontEndAddress, Iova};
+use crate::link::{FunctionSide, HostEvents};
+use crate::virtqueue::features;
+
+/// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
+const CONFIG_BYTES_MAX: u32 = 256;
+
+/// What the function can tell this front end.
+#[derive(Default)]
+struct Events {
+    channel: Mutex<Option<Backend>>,
+    errors: Mutex<Vec<Option<Event>>>,
+}
+
+impl HostEvents for Events {
+    fn config_changed(&self) {
+        if let Some(channel) = &*self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+            && let Err(error) = channel.handle_config_change()
+        {
+            tracing::debug!(%error, "the front end took no configuration change");
+        }
+    }
+
+    fn needs_reset(&self, queue: Option<u16>) {
+        let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, event) in errors.iter().enumerate() {
+            if let Some(event) = event
+                && queue.is_none_or(|queue| usize::from(queue) == number)
+            {
+                event.signal();
+            }
+        }
+    }
+}
+
+/// The state of the conversation.
+struct Session {
+    name: String,
+    function: Arc<dyn FunctionSide>,
+    events: Arc<Events>,
+    regions: Regions,
+    rings: Vec<Ring>,
+    accepted: u64,
+    protocol: bool,
+}
+
+/// Converses until the front end hangs up or breaks the protocol.
+pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>) {
+    let rings = usize::from(function.queue_count());
+    let events = Arc::new(Events {
+        errors: Mutex::new(std::iter::repeat_with(|| None).take(rings).collect()),
+        ..Events::default()
+    });
+    function.attach(Arc::clone(&events) as Arc<dyn HostEvents>);
+    let session = Session {
+        name: name.to_owned(),
+        function: Arc::clone(function),
+        events,
+        regions: Regions::default(),
+        rings: std::iter::repeat_with(Ring::default).take(rings).collect(),
+        accepted: 0,
+        protocol: false,
+    };
+    tracing::info!(function = name, "a front end is attached");
+    let mut requests = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(session)));
+    let end = loop {
+        match requests.handle_request() {
+            Ok(()) => {}
+            // Refused, and the front end was told so.
+            Err(Error::ReqHandlerError(_)) => {}
+            Err(end) => break end,
+        }
+    };
+    match end {
+        Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
+        error => tracing::warn!(function = name, %error, "the front end broke the protocol; the connection ends"),
+    }
+    function.detach();
+}
+
+fn refused(why: impl std::fmt::Display) -> Error {
+    Error::ReqHandlerError(std::io::Error::new(std::io::ErrorKind::InvalidInput, why.to_string()))
+}
+
+impl Session {
+    const fn packed(&self) -> bool {
+        self.accepted & features::RING_PACKED != 0
+    }
+
+    fn ring(&mut self, index: u32) -> Result<(u16, &mut Ring)> {
+        let number = u16::try_from(index).ok().filter(|number| usize::from(*number) < self.rings.len());
+        let number = number.ok_or(Error::InvalidParam)?;
+        Ok((number, &mut self.rings[usize::from(number)]))
+    }
+
+    /// Says once why something was refused.
+    fn refuse(&self, what: &str, why: impl std::fmt::Display) -> Error {
+        tracing::warn!(function = %self.name, %why, "refused: {what}");
+        refused(why)
+    }
+
+    /// Stops a ring if it runs, and remembers where.
+    fn halt(&mut self, number: u16) {
+        let ring = &mut self.rings[usize::from(number)];
+        if std::mem::take(&mut ring.running)
+            && let Some(position) = self.function.stop_queue(number)
+        {
+            self.rings[usize::from(number)].position = position;
+        }
+    }
+
+    /// Runs a ring if it is to run, stops it if not; anew if `changed`.
+    fn settle(&mut self, number: u16, changed: bool) -> Result<()> {
+        let (wanted, running) = (self.rings[usize::from(number)].is_wanted(), self.rings[usize::from(number)].running);
+        if running && (!wanted || changed) {
+            self.halt(number);
+        }
+        if wanted && !self.rings[usize::from(number)].running {
+            let start = self.rings[usize::from(number)]
+                .start(number, &self.regions, self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+                .map_err(|why| self.refuse("a ring cannot start", why))?;
+            self.function.start_queue(start).map_err(|why| self.refuse("a ring cannot start", why))?;
+            self.rings[usize::from(number)].running = true;
+        }
+        Ok(())
+    }
+
+    fn use_regions(&mut self, regions: Regions) {
+        self.regions = regions;
+        // Returns when no queue touches what is gone; then the old table's mappings go with its last owner.
+        self.function.set_memory(Arc::clone(self.regions.memory()));
+    }
+
+    fn forget(&mut self) {
+        for ring in &mut self.rings {
+            *ring = Ring::default();
+        }
+        self.accepted = 0;
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.function.reset();
+        self.forget();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.function.reset();
+        // The front end keeps its memory table and protocol features over a device reset.
+        self.forget();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.function.offered_features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+    }
+
+    fn set_features(&mut self, accepted: u64) -> Result<()> {
+        let device = accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if let Err(why) = self.function.accept_features(device) {
+            return Err(self.refuse("features", why));
+        }
+        let before = self.accepted;
+        self.accepted = accepted;
+        self.protocol = accepted & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        if !self.protocol {
+            // Without protocol features there is no message to enable a ring: it is enabled from the start.
+            self.rings.iter_mut().for_each(|ring| ring.enabled = true);
+        }
+        for number in 0..self.rings.len() as u16 {
+            self.settle(number, before != accepted)?;
+        }
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let slots = regions.iter().map(|region| Slot {
+            guest: Iova(region.guest_phys_addr),
+            front_end: FrontEndAddress(region.user_addr),
+            length: region.memory_size,
+            file_offset: region.mmap_offset,
+        });
+        let table = Regions::new(slots.zip(files)).map_err(|why| self.refuse("a memory table", why))?;
+        self.use_regions(table);
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(SLOTS_MAX as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let table = self.regions.with(slot_of(region), &file).map_err(|why| self.refuse("a memory region", why))?;
+        self.use_regions(table);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let table = self.regions.without(slot_of(region)).map_err(|why| self.refuse("removing memory", why))?;
+        self.use_regions(table);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
+        let size_max = self.function.queue_size_max();
+        let (number, ring) = self.ring(index)?;
+        if let Err(why) = ring.set_size(size, size_max) {
+            return Err(self.refuse("a queue size", why));
+        }
+        self.settle(number, true)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let (number, ring) = self.ring(index)?;
+        ring.addresses = Some(RingAddresses {
+            descriptors: FrontEndAddress(descriptor),
+            driver: FrontEndAddress(available),
+            device: FrontEndAddress(used),
+        });
+        self.settle(number, true)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let packed = self.packed();
+        let (number, _) = self.ring(index)?;
+        let position = decode_base(base, packed).map_err(|why| self.refuse("a ring's base", why))?;
+        self.halt(number);
+        self.rings[usize::from(number)].position = position;
+        self.settle(number, true)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let packed = self.packed();
+        let (number, _) = self.ring(index)?;
+        self.halt(number);
+        let ring = &mut self.rings[usize::from(number)];
+        ring.started = false;
+        ring.kick = None;
+        Ok(VhostUserVringState::new(index, encode_base(ring.position, packed)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = fd.map(Event::new).transpose().map_err(|why| self.refuse("a doorbell", why))?;
+        let (number, ring) = self.ring(index.into())?;
+        ring.kick = kick;
+        ring.started = true;
+        self.settle(number, true)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let call = fd.map(Event::new).transpose().map_err(|why| self.refuse("an interrupt", why))?;
+        let (number, ring) = self.ring(index.into())?;
+        ring.call = call;
+        self.settle(number, true)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let err = fd.map(Event::new).transpose().map_err(|why| self.refuse("an error event", why))?;
+        let (number, ring) = self.ring(index.into())?;
+        let again = err.as_ref().and_then(|event| event.again().ok());
+        ring.err = err;
+        self.events.errors.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(number)] = again;
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (number, ring) = self.ring(index)?;
+        ring.enabled = enable;
+        self.settle(number, false)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        if offset.saturating_add(size) > CONFIG_BYTES_MAX {
+            return Err(Error::InvalidParam);
+        }
+        // What lies behind the fields that we know reads as zeroes.
+        let mut space = self.function.config_space();
+        space.resize(CONFIG_BYTES_MAX as usize, 0);
+        Ok(space[offset as usize..(offset + size) as usize].to_vec())
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.function.write_config(offset, data).map_err(|why| self.refuse("a write to the configuration", why))
+    }
+
+    fn set_backend_req_fd(&mut self, channel: Backend) {
+        *self.events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+    }
+
+    // What follows belongs to features that are not offered; a front end that asks all the same is refused.
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidMessage)
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidMessage)
+    }
+}
+
+fn slot_of(region: &VhostUserSingleMemoryRegion) -> Slot {
+    Slot {
+        guest: Iova(region.guest_phys_addr),
+        front_end: FrontEndAddress(region.user_addr),
+        length: region.memory_size,
+        file_offset: region.mmap_offset,
+    }
+}
