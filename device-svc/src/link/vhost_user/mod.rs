@@ -137,12 +137,8 @@ impl VhostUserLink {
             Role::Client => None,
         };
         let name = format!("link {}", settings.function);
-        let shared = Arc::new(Shared {
-            settings,
-            function,
-            stopping: AtomicBool::new(false),
-            connection: Mutex::new(None),
-        });
+        let shared =
+            Arc::new(Shared { settings, function, stopping: AtomicBool::new(false), connection: Mutex::new(None) });
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
         // The kernel keeps 15 bytes of a thread's name.
         let thread = std::thread::Builder::new()

@@ -19,7 +19,8 @@ pub(super) struct Event(File);
 impl Event {
     /// Takes the descriptor if it is an eventfd.
     pub(super) fn new(file: File) -> Result<Self, String> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| error.to_string())?;
+        let link =
+            std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| error.to_string())?;
         if link.as_os_str() != "anon_inode:[eventfd]" {
             return Err(format!("{} is not an eventfd", link.display()));
         }

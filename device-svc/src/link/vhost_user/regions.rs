@@ -70,7 +70,9 @@ impl Regions {
         let at = self
             .slots
             .iter()
-            .position(|other| other.guest == slot.guest && other.length == slot.length && other.front_end == slot.front_end)
+            .position(|other| {
+                other.guest == slot.guest && other.length == slot.length && other.front_end == slot.front_end
+            })
             .ok_or(MemoryError::Absent { start: slot.guest, length: slot.length })?;
         let memory = Arc::new(self.memory.without(slot.guest, slot.length)?);
         let mut slots = self.slots.clone();

@@ -24,7 +24,8 @@ pub(super) struct RingAddresses {
 pub(super) struct Ring {
     pub(super) size: u16,
     pub(super) addresses: Option<RingAddresses>,
-    pub(super) position: QueuePosition,
+    /// Where it goes on, if anybody has said.
+    pub(super) position: Option<QueuePosition>,
     pub(super) kick: Option<Event>,
     pub(super) call: Option<Event>,
     pub(super) err: Option<Event>,
@@ -83,13 +84,13 @@ impl Ring {
         let translate = |address| {
             regions.translate(address).ok_or_else(|| format!("{:#x} is outside the shared memory", address.0))
         };
-        let again = |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
+        let again =
+            |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
         let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)? };
-        let mut position = self.position;
-        // A packed ring that nobody gave a base starts on its first lap.
-        if accepted & features::RING_PACKED != 0 && position == QueuePosition::default() {
-            (position.avail_wrap, position.used_wrap) = (true, true);
-        }
+        // A packed ring that nobody gave a base starts on its first lap, where the wrap counters are 1.
+        let first_lap = accepted & features::RING_PACKED != 0;
+        let fresh = QueuePosition { avail_wrap: first_lap, used_wrap: first_lap, ..QueuePosition::default() };
+        let position = self.position.unwrap_or(fresh);
         Ok(QueueStart {
             index,
             size: self.size,

@@ -60,10 +60,8 @@ impl Drop for Listening {
 /// Serves front ends until the link stops.
 pub(super) fn run(shared: &Shared, listening: &Listening, waker: &EventFd) {
     while !shared.is_stopping() {
-        let mut fds = [
-            PollFd::new(listening.listener.as_fd(), PollFlags::POLLIN),
-            PollFd::new(waker.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut fds =
+            [PollFd::new(listening.listener.as_fd(), PollFlags::POLLIN), PollFd::new(waker.as_fd(), PollFlags::POLLIN)];
         // An interrupted wait is waited again.
         let _ = poll(&mut fds, PollTimeout::NONE);
         match listening.listener.accept() {

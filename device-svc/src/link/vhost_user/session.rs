@@ -126,7 +126,7 @@ impl Session {
         if std::mem::take(&mut ring.running)
             && let Some(position) = self.function.stop_queue(number)
         {
-            self.rings[usize::from(number)].position = position;
+            self.rings[usize::from(number)].position = Some(position);
         }
     }
 
@@ -287,7 +287,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, _) = self.ring(index)?;
         let position = decode_base(base, packed).map_err(|why| self.refuse("a ring's base", why))?;
         self.halt(number);
-        self.rings[usize::from(number)].position = position;
+        self.rings[usize::from(number)].position = Some(position);
         self.settle(number, true)
     }
 
@@ -298,7 +298,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let ring = &mut self.rings[usize::from(number)];
         ring.started = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, encode_base(ring.position, packed)))
+        Ok(VhostUserVringState::new(index, encode_base(ring.position.unwrap_or_default(), packed)))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
