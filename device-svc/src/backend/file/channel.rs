@@ -123,6 +123,12 @@ impl FileChannel {
         })
     }
 
+    /// A descriptor gone bad, or a channel on two threads: a broken invariant of ours.
+    #[cold]
+    fn broken(&self, error: &std::io::Error) -> ! {
+        panic!("io_uring of {}: {error}", self.rows.file.path().display());
+    }
+
     #[inline]
     fn push(&mut self, row: u32) {
         let entry = self.rows.entry(row).user_data(u64::from(row));
@@ -145,9 +151,9 @@ impl BlockChannel for FileChannel {
         if self.in_flight() == 0 {
             return;
         }
+        let before = completions.len();
         if let Err(error) = self.ring.exchange() {
-            // A descriptor gone bad, or a channel on two threads: a broken invariant of ours.
-            panic!("io_uring of {}: {error}", self.rows.file.path().display());
+            self.broken(&error);
         }
         for entry in self.ring.ended() {
             let row = entry.user_data() as u32;
@@ -158,8 +164,13 @@ impl BlockChannel for FileChannel {
                 Next::Again => self.again.push(row),
             }
         }
-        while let Some(row) = self.again.pop() {
-            self.push(row);
+        if completions.len() > before || !self.again.is_empty() {
+            self.ring.busy();
+            while let Some(row) = self.again.pop() {
+                self.push(row);
+            }
+        } else if let Err(error) = self.ring.idle() {
+            self.broken(&error);
         }
     }
 
@@ -172,10 +183,12 @@ impl BlockChannel for FileChannel {
         Some(self.ring.fd())
     }
 
-    /// What `poll` could not submit, or has to submit again, is due at once.
+    /// What `poll` could not submit, or has to submit again, is due at once; and a reactor sleeps only when it will be
+    /// woken.
     #[inline]
     fn deadline(&self) -> Option<Moment> {
-        (self.ring.unsubmitted() > 0).then_some(Moment(0))
+        let may_sleep = self.ring.unsubmitted() == 0 && (self.ring.armed() || self.in_flight() == 0);
+        (!may_sleep).then_some(Moment(0))
     }
 }
 

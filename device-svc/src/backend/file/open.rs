@@ -130,7 +130,9 @@ impl OpenFile {
             Some(bytes) if bytes != size_bytes => {
                 return Err(refused(
                     path,
-                    format_args!("is there already and has {size_bytes} bytes, not {bytes}: leave out `create`, or remove it"),
+                    format_args!(
+                        "is there already and has {size_bytes} bytes, not {bytes}: leave out `create`, or remove it"
+                    ),
                 ));
             }
             _ if size_bytes == 0 => return Err(refused(path, "is empty: say with `create` how large it shall be")),
@@ -269,7 +271,9 @@ fn device_block_bytes(path: &Path, file: &File) -> Result<u32, BackendError> {
     u32::try_from(bytes)
         .ok()
         .filter(|bytes| bytes.is_power_of_two() && (512..=BLOCK_BYTES_MAX).contains(bytes))
-        .ok_or_else(|| refused(path, format_args!("has blocks of {bytes} bytes; 512 to {BLOCK_BYTES_MAX} can be served")))
+        .ok_or_else(|| {
+            refused(path, format_args!("has blocks of {bytes} bytes; 512 to {BLOCK_BYTES_MAX} can be served"))
+        })
 }
 
 fn device_physical_block_bytes(file: &File) -> Option<u32> {

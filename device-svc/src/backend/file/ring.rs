@@ -2,16 +2,24 @@
 //!
 //! The ring is made by the control thread and switched on by the reactor's, on its first turn: a ring with
 //! `SINGLE_ISSUER` belongs to the thread that enables it. `DEFER_TASKRUN` keeps the kernel from interrupting the reactor:
-//! what has ended waits until `exchange` asks for it, and the ring's descriptor is readable meanwhile (a test sleeps on
-//! it). Older kernels get the same ring without what they do not know.
+//! what has ended waits until `exchange` asks for it. Older kernels get the same ring without what they do not know.
+//!
+//! A reactor that sleeps is woken by an eventfd: the ring's own descriptor is pollable, but deferred work wakes nobody who
+//! sleeps on it (tried on Linux 6.18). A signalled eventfd costs a system call to quiet, so the kernel may signal it only
+//! while it is *armed*, which is after some polls in a row have found nothing.
 #![expect(unsafe_code, reason = "hands addresses to the kernel")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{EnterFlags, IoUring, cqueue, squeue};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::super::BackendError;
+
+/// Polls that find nothing before the eventfd is armed. Arming and quieting cost two system calls, about half a
+/// microsecond; by then some microseconds have been waited, and a disk that is faster than that is never slowed down.
+const IDLE_POLLS: u32 = 64;
 
 /// A ring whose file number 0 is the volume's.
 pub(super) struct Ring {
@@ -21,6 +29,11 @@ pub(super) struct Ring {
     unsubmitted: u32,
     /// Whether the kernel says in shared memory that `exchange` has something to collect.
     tells_work: bool,
+    /// Signalled by the kernel when something has ended, while armed.
+    wake: EventFd,
+    armed: bool,
+    /// Polls in a row that found nothing.
+    idle_polls: u32,
     /// Where the kernel's worker threads for this ring may run.
     worker_cpus: Option<libc::cpu_set_t>,
 }
@@ -29,9 +42,23 @@ impl Ring {
     /// A ring for `entries` requests, not yet switched on. To be called on a thread that is not pinned: the kernel's
     /// workers may run where this thread may, or they would all share the reactor's core.
     pub(super) fn new(file: BorrowedFd<'_>, entries: u32) -> Result<Self, BackendError> {
-        let (ring, tells_work) = build(entries).map_err(|error| explain(&error))?;
-        ring.submitter().register_files(&[file.as_raw_fd()]).map_err(|error| explain(&error))?;
-        Ok(Self { ring, enabled: false, unsubmitted: 0, tells_work, worker_cpus: cpus() })
+        let (mut ring, tells_work) = build(entries).map_err(|error| explain(&error))?;
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| explain(&errno.into()))?;
+        ring.completion().disable_eventfd();
+        let submitter = ring.submitter();
+        submitter.register_files(&[file.as_raw_fd()]).map_err(|error| explain(&error))?;
+        submitter.register_eventfd(wake.as_raw_fd()).map_err(|error| explain(&error))?;
+        Ok(Self {
+            ring,
+            enabled: false,
+            unsubmitted: 0,
+            tells_work,
+            wake,
+            armed: false,
+            idle_polls: 0,
+            worker_cpus: cpus(),
+        })
     }
 
     /// Queues an entry for the next `exchange`. There is always room for as many as the ring was made for.
@@ -63,14 +90,68 @@ impl Ring {
             let queue = self.ring.submission();
             (self.tells_work && queue.taskrun()) || queue.cq_overflow()
         };
-        if self.unsubmitted > 0 || must_collect { self.enter(0) } else { Ok(()) }
+        if self.unsubmitted > 0 || must_collect {
+            // Before the kernel runs what it deferred: that may signal without anything having ended for us, and a signal
+            // that stayed would keep the reactor awake.
+            self.disarm();
+            return self.enter(0);
+        }
+        Ok(())
+    }
+
+    /// The poll found something.
+    #[inline]
+    pub(super) fn busy(&mut self) {
+        self.idle_polls = 0;
+        self.disarm();
+    }
+
+    /// The poll found nothing, though requests are under way: after some such polls the eventfd is armed.
+    #[inline]
+    pub(super) fn idle(&mut self) -> io::Result<()> {
+        self.idle_polls = self.idle_polls.saturating_add(1);
+        if self.armed || self.idle_polls < IDLE_POLLS { Ok(()) } else { self.arm() }
+    }
+
+    /// Whether a reactor may sleep on `fd`.
+    #[inline]
+    pub(super) const fn armed(&self) -> bool {
+        self.armed
+    }
+
+    #[cold]
+    fn arm(&mut self) -> io::Result<()> {
+        self.armed = true;
+        self.ring.completion().enable_eventfd();
+        // What ended before the kernel could see that, it did not signal. Entering it runs what it has deferred; what it
+        // defers from now on finds the eventfd enabled (the call is a barrier between our store and its look).
+        self.enter(0)?;
+        if !self.ring.completion().is_empty() {
+            self.busy();
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn disarm(&mut self) {
+        if self.armed {
+            self.quiet();
+        }
+    }
+
+    #[cold]
+    fn quiet(&mut self) {
+        self.armed = false;
+        self.idle_polls = 0;
+        self.ring.completion().disable_eventfd();
+        // Not readable is the usual case. A signal that comes after this is harmless: it wakes once too often.
+        let _ = self.wake.read();
     }
 
     /// Submits nothing and waits until at least one request has ended.
     pub(super) fn wait(&mut self) -> io::Result<()> {
         // SAFETY: no argument is passed.
-        let result =
-            unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 1, EnterFlags::GETEVENTS.bits(), None) };
+        let result = unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 1, EnterFlags::GETEVENTS.bits(), None) };
         passing(result.map(|_| ()))
     }
 
@@ -80,20 +161,15 @@ impl Ring {
         self.ring.completion()
     }
 
-    /// Readable whenever `exchange` and `ended` have something to take.
+    /// Readable, while `armed`, whenever `exchange` or `ended` has something to take.
     pub(super) fn fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.wake.as_raw_fd()
     }
 
     fn enter(&mut self, wanted: u32) -> io::Result<()> {
         // SAFETY: no argument is passed, and every entry in the queue came with the promise of `push`.
         let result = unsafe {
-            self.ring.submitter().enter::<libc::sigset_t>(
-                self.unsubmitted,
-                wanted,
-                EnterFlags::GETEVENTS.bits(),
-                None,
-            )
+            self.ring.submitter().enter::<libc::sigset_t>(self.unsubmitted, wanted, EnterFlags::GETEVENTS.bits(), None)
         };
         passing(result.map(|taken| self.unsubmitted -= taken as u32))
     }

@@ -127,7 +127,8 @@ fn direct_where_it_can() {
     let path = folder.path().join("volume");
     let never = FileSettings { direct: DirectIo::Never, ..create(&path, 4096) };
     assert_eq!(FileBackend::open(&never).unwrap().file.geometry().direct, None);
-    let status = |backend: &FileBackend| nix::fcntl::fcntl(backend.file.as_fd(), nix::fcntl::FcntlArg::F_GETFL).unwrap();
+    let status =
+        |backend: &FileBackend| nix::fcntl::fcntl(backend.file.as_fd(), nix::fcntl::FcntlArg::F_GETFL).unwrap();
     let auto = FileBackend::open(&settings(&path)).unwrap();
     let is_direct = auto.file.geometry().direct.is_some();
     assert_eq!(status(&auto) & libc::O_DIRECT != 0, is_direct);
