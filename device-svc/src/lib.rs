@@ -11,6 +11,7 @@
 //!   (who the host is) (DMA)  (ring format)  (virtio-blk)      (null, ram, file, NBD)
 //! ```
 
+// In this order, which rustfmt.toml keeps.
 pub mod control;
 pub mod reactor;
 pub mod device;
