@@ -11,19 +11,20 @@
 //!   (who the host is) (DMA)  (ring format)  (virtio-blk)      (null, ram, file, NBD)
 //! ```
 
-pub mod address;
-pub mod backend;
-pub mod clock;
-pub mod config;
+// In this order, which rustfmt.toml keeps.
 pub mod control;
-pub mod device;
-pub mod dma;
-pub mod link;
-pub mod metrics;
-pub mod mirror;
 pub mod reactor;
-pub mod virtqueue;
+pub mod device;
 pub mod volume;
+pub mod mirror;
+pub mod backend;
+pub mod link;
+pub mod virtqueue;
+pub mod dma;
+pub mod config;
+pub mod metrics;
+pub mod address;
+pub mod clock;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;

@@ -140,3 +140,46 @@ fn direct_where_it_can() {
         Err(error) => assert!(!is_direct && error.to_string().contains("direct"), "{error}"),
     }
 }
+
+/// `DRAY_TEST_BLOCK_DEVICE=/dev/loop0 cargo test -p device-svc --lib a_block_device -- --ignored`: its content goes.
+#[test]
+#[ignore = "needs root and a block device to overwrite"]
+fn a_block_device_is_a_volume() {
+    use crate::backend::{BlockOperation, BlockRequest, Segments, Tag};
+    use crate::clock::Moment;
+
+    let path = PathBuf::from(std::env::var_os("DRAY_TEST_BLOCK_DEVICE").expect("DRAY_TEST_BLOCK_DEVICE names one"));
+    let backend = FileBackend::open(&settings(&path)).unwrap();
+    println!("{:?}, {:?}", backend.info(), backend.file.geometry());
+    assert!(FileBackend::open(&settings(&path)).is_err(), "it is in use");
+    let size_bytes = backend.info().size_bytes;
+    assert_eq!(backend.resize(1).unwrap(), size_bytes);
+    let mut channel = backend.open_channel().unwrap();
+    let mut memory = vec![5_u8; 64 << 10];
+    let list = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: memory.len() };
+    let mut run = |operation, with_memory: bool| {
+        #[expect(unsafe_code, reason = "lends a test's memory")]
+        // SAFETY: list and memory outlive the request, which has ended when this returns.
+        let segments = if with_memory { unsafe { Segments::new(&raw const list, 1) } } else { Segments::NONE };
+        let tag = Tag { lane: 0, row: 0 };
+        channel.submit(BlockRequest { tag, operation, offset: 4096, length: 64 << 10, segments }).unwrap();
+        let mut completions = Vec::new();
+        while completions.is_empty() {
+            channel.poll(Moment(0), &mut completions);
+        }
+        completions[0].result
+    };
+    assert_eq!(run(BlockOperation::Write, true), Ok(()));
+    assert_eq!(run(BlockOperation::Flush, false), Ok(()));
+    for operation in [BlockOperation::WriteZeroes { unmap: true }, BlockOperation::WriteZeroes { unmap: false }] {
+        assert_eq!(run(BlockOperation::Write, true), Ok(()));
+        assert_eq!(run(operation, false), Ok(()));
+        let mut file = std::fs::File::open(&path).unwrap();
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(4096)).unwrap();
+        let mut content = vec![1; 64 << 10];
+        std::io::Read::read_exact(&mut file, &mut content).unwrap();
+        assert_eq!(content, vec![0; 64 << 10]);
+    }
+    assert_eq!(run(BlockOperation::Discard, false).is_ok(), backend.info().discard);
+    assert_eq!(run(BlockOperation::Read, true), Ok(()));
+}
