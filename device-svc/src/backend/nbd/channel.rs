@@ -1,0 +1,479 @@
+//! The hot half: cuts requests into commands, spreads them over the connections, and brings everything back together.
+//!
+//! It is in one of three states. *Ready*: requests go out. *Away*: the connections are gone, every request in flight has
+//! been completed with [`BlockFault::Away`], and new ones are handed back. *Replaying*: new connections are there, and
+//! what the server may have lost is written again before anything else goes out.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+
+use super::bridge::Bridge;
+use super::connection::{Connection, Loss};
+use super::handshake::{Established, Export};
+use super::payload::{Iovecs, Place};
+use super::replay::{REPLAY_DEPTH, Record, ReplayLog};
+use super::table::{Purpose, Request, Table};
+use super::wire::{self, RequestHeader};
+use super::{Left, lock};
+use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
+use crate::clock::Moment;
+
+/// How much one trim or write zeroes covers at most, bytes: they carry no payload, so the server's limit on payload does
+/// not bind them, but their length is a 32-bit field, and a server should not be held up by one for too long.
+const RANGE_BYTES_MAX: u64 = 1 << 30;
+
+/// How often connections without requests are looked at, in case the server has closed one.
+const IDLE_LOOK: Duration = Duration::from_micros(200);
+
+/// A connection that lived for less was no success: the back-off goes on where it was.
+const STEADY: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    /// Without connections.
+    Away,
+    /// Writing the log again; `next` is the number of the record to go out next.
+    Replaying { next: u64, under_way: usize },
+    /// Open for requests.
+    Ready,
+}
+
+/// A volume's channel.
+#[derive(Debug)]
+pub(super) struct NbdChannel {
+    uri: String,
+    export: Export,
+    state: State,
+    /// Whether the loss of the connections has been told.
+    told: bool,
+    connected: Moment,
+    looked: Moment,
+    connections: Vec<Connection>,
+    /// Which connections wait to become writable, as the epoll descriptor knows it.
+    watched: Vec<bool>,
+    payload_bytes_max: u64,
+    table: Table,
+    iovecs: Iovecs,
+    log: Option<ReplayLog>,
+    /// Whether a flush of our own is under way, and whether one is wanted because a write found no room in the log.
+    flushing: bool,
+    flush_wanted: bool,
+    bridge: Bridge,
+    epoll: Epoll,
+    left: Arc<Left>,
+}
+
+impl NbdChannel {
+    /// A channel on connections that are there.
+    pub(super) fn new(
+        uri: String,
+        export: Export,
+        list: Vec<Established>,
+        bridge: Bridge,
+        log: Option<ReplayLog>,
+        left: Arc<Left>,
+    ) -> std::io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(bridge.event(), EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
+        let mut channel = Self {
+            uri,
+            export,
+            state: State::Away,
+            told: false,
+            connected: Moment::default(),
+            looked: Moment::default(),
+            connections: Vec::new(),
+            watched: Vec::new(),
+            payload_bytes_max: 0,
+            table: Table::new(),
+            iovecs: Iovecs::new(),
+            log,
+            flushing: false,
+            flush_wanted: false,
+            bridge,
+            epoll,
+            left,
+        };
+        channel.adopt(list, Moment::now())?;
+        Ok(channel)
+    }
+
+    /// Starts to use new connections.
+    fn adopt(&mut self, list: Vec<Established>, now: Moment) -> std::io::Result<()> {
+        self.payload_bytes_max = u64::MAX;
+        for (index, established) in list.into_iter().enumerate() {
+            let (connection, export) = Connection::new(established, index as u32);
+            self.payload_bytes_max = self.payload_bytes_max.min(u64::from(export.payload_bytes_max));
+            self.epoll.add(connection.socket(), EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
+            self.connections.push(connection);
+            self.watched.push(false);
+        }
+        self.connected = now;
+        self.looked = now;
+        match &self.log {
+            Some(log) if log.len() > 0 => {
+                tracing::info!(uri = %self.uri, writes = log.len(), "writing again what was not flushed");
+                self.state = State::Replaying { next: log.first(), under_way: 0 };
+            }
+            _ => self.get_ready(),
+        }
+        Ok(())
+    }
+
+    fn get_ready(&mut self) {
+        self.state = State::Ready;
+        if self.told {
+            self.told = false;
+            tracing::info!(uri = %self.uri, "connection to the storage server restored");
+        }
+    }
+
+    /// Drops all connections and completes what is in flight: the lane submits it again when we are back.
+    fn lose(&mut self, loss: &Loss, now: Moment, completions: &mut Vec<Completion>) {
+        if !self.told {
+            self.told = true;
+            tracing::warn!(
+                uri = %self.uri,
+                in_flight = self.table.in_flight,
+                "connection to the storage server lost, requests are held: {loss}"
+            );
+        }
+        self.state = State::Away;
+        // Closing a socket takes it out of the epoll set.
+        self.connections.clear();
+        self.watched.clear();
+        self.flushing = false;
+        self.flush_wanted = false;
+        self.table.drop_parts();
+        for row in 0..self.table.requests.len() {
+            let request = self.table.requests[row];
+            if request.purpose == Purpose::Free {
+                continue;
+            }
+            if request.reserved {
+                if let Some(log) = &mut self.log {
+                    log.release(request.request.operation, request.request.length);
+                }
+            }
+            if request.purpose == Purpose::Lane {
+                completions.push(Completion { tag: request.request.tag, result: Err(BlockFault::Away) });
+            }
+            self.table.remove(row as u32);
+        }
+        self.bridge.ask(now.ns_since(self.connected) < STEADY.as_nanos() as u64);
+    }
+
+    /// One turn with connections.
+    fn turn(&mut self, now: Moment, completions: &mut Vec<Completion>) -> Result<(), Loss> {
+        let look = now.ns_since(self.looked) >= IDLE_LOOK.as_nanos() as u64;
+        if look {
+            self.looked = now;
+        }
+        for connection in &mut self.connections {
+            if look || connection.in_flight() > 0 {
+                connection.receive(&mut self.table, &mut self.iovecs)?;
+            }
+        }
+        while let Some(row) = self.table.ended.pop() {
+            self.end_part(row, completions)?;
+        }
+        self.replay()?;
+        self.flush_log();
+        self.issue(completions)?;
+        for connection in &mut self.connections {
+            if connection.in_flight() > 0 || connection.is_blocked() {
+                connection.send(&mut self.table, &mut self.iovecs)?;
+            }
+        }
+        self.watch()
+    }
+
+    /// Has the epoll descriptor tell of sockets that become writable, where something waits for that.
+    fn watch(&mut self) -> Result<(), Loss> {
+        for (index, connection) in self.connections.iter().enumerate() {
+            if self.watched[index] != connection.is_blocked() {
+                let mut flags = EpollFlags::EPOLLIN;
+                flags.set(EpollFlags::EPOLLOUT, connection.is_blocked());
+                let mut event = EpollEvent::new(flags, index as u64);
+                self.epoll.modify(connection.socket(), &mut event).map_err(std::io::Error::from)?;
+                self.watched[index] = connection.is_blocked();
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes commands of the requests that wait, oldest first.
+    fn issue(&mut self, completions: &mut Vec<Completion>) -> Result<(), Loss> {
+        while let Some(row) = self.table.waiting.front().copied() {
+            let request = self.table.requests[row as usize];
+            let left = request.request.length - request.issued;
+            let (command, flags, limit) = self.command(&request);
+            let flushes = command == wire::COMMAND_FLUSH && self.export.has(wire::FLAG_SEND_FLUSH);
+            let length = left.min(limit);
+            if length > 0 || flushes {
+                if !self.table.has_part() {
+                    return Ok(());
+                }
+                let header = RequestHeader {
+                    magic: wire::REQUEST_MAGIC.into(),
+                    flags: flags.into(),
+                    command: command.into(),
+                    cookie: 0.into(),
+                    offset: if length == 0 { 0 } else { request.request.offset + request.issued }.into(),
+                    length: (length as u32).into(),
+                };
+                let place = Place::new(request.request.segments, request.issued);
+                let Some(index) = (0..self.connections.len()).min_by_key(|index| self.connections[*index].in_flight())
+                else {
+                    return Err(Loss::Closed);
+                };
+                let Some(part) = self.table.add_part(row, index as u32, place, header) else { return Ok(()) };
+                self.connections[index].queue(part);
+                self.table.requests[row as usize].issued += length;
+            }
+            if command == wire::COMMAND_FLUSH || length == left {
+                self.table.waiting.pop_front();
+                if self.table.requests[row as usize].parts == 0 {
+                    self.end_request(row, completions)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The command for a request, its flags, and the most that one of it may cover.
+    fn command(&self, request: &Request) -> (u16, u16, u64) {
+        // A write that is followed by a flush has its data out when all of it is issued: what comes now is the flush.
+        if request.flush_after && request.issued == request.request.length {
+            return (wire::COMMAND_FLUSH, 0, 0);
+        }
+        // A server without flush can still be told to write through.
+        let through = !self.export.has(wire::FLAG_SEND_FLUSH) && self.export.has(wire::FLAG_SEND_FUA);
+        let through = if through { wire::COMMAND_FLAG_FUA } else { 0 };
+        match request.request.operation {
+            BlockOperation::Read => (wire::COMMAND_READ, 0, self.payload_bytes_max),
+            BlockOperation::Write => (wire::COMMAND_WRITE, through, self.payload_bytes_max),
+            BlockOperation::Flush => (wire::COMMAND_FLUSH, 0, 0),
+            BlockOperation::Discard => (wire::COMMAND_TRIM, through, RANGE_BYTES_MAX),
+            BlockOperation::WriteZeroes { unmap: true } => (wire::COMMAND_WRITE_ZEROES, through, RANGE_BYTES_MAX),
+            BlockOperation::WriteZeroes { unmap: false } => {
+                (wire::COMMAND_WRITE_ZEROES, through | wire::COMMAND_FLAG_NO_HOLE, RANGE_BYTES_MAX)
+            }
+        }
+    }
+
+    /// A command has been answered.
+    fn end_part(&mut self, row: u32, completions: &mut Vec<Completion>) -> Result<(), Loss> {
+        let part = &self.table.parts[row as usize];
+        let fault = fault(part.error);
+        let request_row = part.request;
+        if fault == Some(BlockFault::Away) && part.header.command.get() == wire::COMMAND_FLUSH {
+            // A server that failed to write its cache back may have dropped it: the next flush would then succeed
+            // without the data. So the log is written again first.
+            return Err(Loss::Flush);
+        }
+        self.table.remove_part(row);
+        let request = &mut self.table.requests[request_row as usize];
+        request.parts -= 1;
+        request.fault = match (request.fault, fault) {
+            // What is final outweighs what may pass.
+            (None | Some(BlockFault::Away), Some(fault)) => Some(fault),
+            (before, _) => before,
+        };
+        let all_issued = request.issued == request.request.length || request.request.operation == BlockOperation::Flush;
+        if request.parts == 0 && all_issued { self.end_request(request_row, completions) } else { Ok(()) }
+    }
+
+    /// All commands of a request have been answered.
+    fn end_request(&mut self, row: u32, completions: &mut Vec<Completion>) -> Result<(), Loss> {
+        let request = self.table.requests[row as usize];
+        let operation = request.request.operation;
+        if request.flush_after && request.fault.is_none() && request.mark == 0 {
+            // The data is there; now its flush. The mark also drops what the log holds of the same place, which a
+            // replay would otherwise put over the newer data.
+            self.table.requests[row as usize].mark = self.log.as_ref().map_or(1, |log| log.mark() + 1);
+            self.table.waiting.push_back(row);
+            return Ok(());
+        }
+        if let Some(log) = &mut self.log {
+            match request.fault {
+                None if request.reserved => {
+                    log.append(operation, request.request.offset, request.request.length, request.request.segments);
+                }
+                Some(_) if request.reserved => log.release(operation, request.request.length),
+                None if request.flush_after => log.forget_before(request.mark - 1),
+                None if operation == BlockOperation::Flush => log.forget_before(request.mark),
+                _ => {}
+            }
+        }
+        self.table.remove(row);
+        match request.purpose {
+            Purpose::Free => {}
+            Purpose::Lane => {
+                let result = request.fault.map_or(Ok(()), Err);
+                completions.push(Completion { tag: request.request.tag, result });
+            }
+            Purpose::Flush => {
+                self.flushing = false;
+                if request.fault.is_some() {
+                    return Err(Loss::Flush);
+                }
+            }
+            Purpose::Replay => {
+                // A trim that fails leaves what is undefined undefined.
+                if request.fault.is_some() && operation != BlockOperation::Discard {
+                    return Err(Loss::Replay);
+                }
+                if let State::Replaying { under_way, .. } = &mut self.state {
+                    *under_way -= 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the next round of the log again: records that do not overlap, since a server may reorder what it has at
+    /// once.
+    fn replay(&mut self) -> Result<(), Loss> {
+        let State::Replaying { next, under_way: 0 } = self.state else { return Ok(()) };
+        let Some(log) = &mut self.log else { return Ok(()) };
+        let mut round = 0;
+        let mut number = next;
+        let mut list: [Option<Record>; REPLAY_DEPTH] = [None; REPLAY_DEPTH];
+        while round < REPLAY_DEPTH {
+            let Some(record) = log.get(number) else { break };
+            let overlaps = list[..round].iter().flatten().any(|other| {
+                record.offset < other.offset + other.length && other.offset < record.offset + record.length
+            });
+            if overlaps {
+                break;
+            }
+            list[round] = Some(record);
+            let request = BlockRequest {
+                tag: Tag { lane: u32::MAX, row: u32::MAX },
+                operation: record.operation,
+                offset: record.offset,
+                length: record.length,
+                segments: log.segments(round, &record),
+            };
+            // Every row is free: the lane's requests ended when the connections did.
+            if self.table.add(Purpose::Replay, request, 0).is_none() {
+                break;
+            }
+            round += 1;
+            number += 1;
+        }
+        if round == 0 {
+            self.get_ready();
+        } else {
+            self.state = State::Replaying { next: number, under_way: round };
+        }
+        Ok(())
+    }
+
+    /// Flushes when the log fills.
+    fn flush_log(&mut self) {
+        let Some(log) = &self.log else { return };
+        if self.state != State::Ready || self.flushing || !(log.is_filling() || self.flush_wanted && log.len() > 0) {
+            return;
+        }
+        let flush = BlockRequest {
+            tag: Tag { lane: u32::MAX, row: u32::MAX },
+            operation: BlockOperation::Flush,
+            offset: 0,
+            length: 0,
+            segments: Segments::NONE,
+        };
+        if self.table.add(Purpose::Flush, flush, log.mark()).is_some() {
+            self.flushing = true;
+            self.flush_wanted = false;
+        }
+    }
+}
+
+/// What the lane does about an error of the server.
+const fn fault(error: u32) -> Option<BlockFault> {
+    /// Not in the protocol's list, but sent by servers that pass the system's numbers on.
+    const EAGAIN: u32 = 11;
+    match error {
+        0 => None,
+        // These may pass: the lane tries again within the volume's time limit.
+        wire::ERROR_EIO | wire::ERROR_ENOMEM | wire::ERROR_ESHUTDOWN | EAGAIN => Some(BlockFault::Away),
+        wire::ERROR_ENOTSUP => Some(BlockFault::Unsupported),
+        // EPERM, EINVAL, ENOSPC, EOVERFLOW and what nobody has heard of: the same request would fail again.
+        _ => Some(BlockFault::Io),
+    }
+}
+
+impl BlockChannel for NbdChannel {
+    fn submit(&mut self, request: BlockRequest) -> Result<(), BlockRequest> {
+        // One row stays for the channel's own flush.
+        if self.state != State::Ready || !self.table.has_room(2) {
+            return Err(request);
+        }
+        let writes = !matches!(request.operation, BlockOperation::Read | BlockOperation::Flush);
+        let mut reserved = false;
+        let mut flush_after = false;
+        let mut mark = 0;
+        if let Some(log) = &mut self.log {
+            mark = if request.operation == BlockOperation::Flush { log.mark() } else { 0 };
+            if writes && request.length > 0 {
+                flush_after = request.operation == BlockOperation::Write && request.length > log.data_bytes_max();
+                reserved = !flush_after;
+                if reserved && !log.reserve(request.operation, request.length) {
+                    self.flush_wanted = true;
+                    return Err(request);
+                }
+            }
+        }
+        // A flush on a server that knows none goes the same way, and ends in the next poll as a request without
+        // commands: everything completed is durable there.
+        let Some(row) = self.table.add(Purpose::Lane, request, mark) else { return Err(request) };
+        let row = &mut self.table.requests[row as usize];
+        row.reserved = reserved;
+        row.flush_after = flush_after;
+        Ok(())
+    }
+
+    fn poll(&mut self, now: Moment, completions: &mut Vec<Completion>) {
+        if self.state == State::Away {
+            let Some(list) = self.bridge.take() else { return };
+            if let Err(error) = self.adopt(list, now) {
+                self.lose(&Loss::Io(error), now, completions);
+                return;
+            }
+        }
+        if let Err(loss) = self.turn(now, completions) {
+            self.lose(&loss, now, completions);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.table.in_flight
+    }
+
+    fn wake_fd(&self) -> Option<RawFd> {
+        Some(self.epoll.0.as_raw_fd())
+    }
+}
+
+impl Drop for NbdChannel {
+    fn drop(&mut self) {
+        for connection in &mut self.connections {
+            connection.say_goodbye(&mut self.iovecs);
+        }
+        // A request that ends with the channel has its room in the log given back; its outcome nobody learns.
+        if let Some(mut log) = self.log.take().filter(|log| log.len() > 0) {
+            for request in self.table.requests.iter().filter(|row| row.purpose != Purpose::Free && row.reserved) {
+                log.release(request.request.operation, request.request.length);
+            }
+            *lock(&self.left.log) = Some(log);
+        }
+        // Release: whoever opens the next channel finds the log.
+        self.left.open.store(false, Ordering::Release);
+    }
+}
