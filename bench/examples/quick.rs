@@ -50,9 +50,15 @@ queue-size = 256
     };
     let volume = device_svc::volume::Volume::new(&config.volumes[0], backend);
     let reactors = Arc::new(Reactors::start(&config.reactors).unwrap());
-    let f =
-        BlkFunction::new(&config.functions[0], &volume, None, Arc::clone(&reactors), start_courier().unwrap(), |_| {})
-            .unwrap();
+    let f = BlkFunction::new(
+        &config.functions[0],
+        &volume,
+        None,
+        Arc::clone(&reactors),
+        start_courier().unwrap(),
+        Box::new(|_| {}),
+    )
+    .unwrap();
     let side: Arc<dyn FunctionSide> = Arc::new(Arc::clone(&f));
     let _link = VhostUserLink::start(
         VhostUserSettings {

@@ -9,7 +9,7 @@ use super::field::{Fault, Reading, Table};
 use super::limit::{LimitConfig, limit};
 use super::name::check_name;
 use super::raw::{RawFunction, RawLink};
-use super::volume::VolumeConfig;
+use super::volume::{VolumeConfig, doubled};
 
 /// vhost-user carries a queue's number in 8 bits of its messages about file descriptors.
 const QUEUES_MAX: u64 = 256;
@@ -120,7 +120,7 @@ impl fmt::Display for LinkConfig {
             Self::VhostUser { socket, mode, socket_mode, payload } => write!(
                 f,
                 "vhost-user,socket={},mode={},socket-mode={socket_mode:04o},payload={}",
-                socket.display(),
+                doubled(socket.display()),
                 mode.word(),
                 payload.word()
             ),

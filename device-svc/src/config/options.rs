@@ -42,6 +42,14 @@ impl Options {
         self.with_parts(key, text, false)
     }
 
+    /// Adds `key` with a table of these pairs, those without a value left out.
+    #[must_use]
+    pub fn with_pairs(mut self, key: &str, pairs: impl IntoIterator<Item = (&'static str, Option<String>)>) -> Self {
+        let given = pairs.into_iter().filter_map(|(key, value)| Some((key.to_owned(), Value::String(value?))));
+        self.table.insert(key.to_owned(), Value::Table(given.collect()));
+        self
+    }
+
     fn with_parts(mut self, key: &str, text: Option<&str>, typed: bool) -> Result<Self, ConfigError> {
         let Some(text) = text else { return Ok(self) };
         let mut table = toml::Table::new();

@@ -510,7 +510,7 @@ proptest! {
         let backends = [
             BackendConfig::Null { size_bytes: size * 512 },
             BackendConfig::Ram { size_bytes: size * 512 },
-            BackendConfig::File { path: PathBuf::from("/x"), create_bytes: Some(size * 512), direct },
+            BackendConfig::File { path: PathBuf::from("/x,y=z"), create_bytes: Some(size * 512), direct },
         ];
         for backend in backends {
             let volume = Options::default()

@@ -118,32 +118,37 @@ impl BackendConfig {
     }
 }
 
-/// As an option of a command: `file,path=/srv/root.img,create=10G`.
+/// As an option of a command, which takes it back: `file,path=/srv/root.img,create=10G`.
 impl fmt::Display for BackendConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.type_name())?;
         match self {
             Self::Null { size_bytes } | Self::Ram { size_bytes } => write!(f, ",size={}", format_size(*size_bytes)),
             Self::File { path, create_bytes, direct } => {
-                write!(f, ",path={}", path.display())?;
+                write!(f, ",path={}", doubled(path.display()))?;
                 if let Some(bytes) = create_bytes {
                     write!(f, ",create={}", format_size(*bytes))?;
                 }
                 direct.map_or(Ok(()), |direct| write!(f, ",direct={direct}"))
             }
             Self::Nbd(nbd) => {
-                write!(f, ",uri={},connections={}", nbd.uri, nbd.connections)?;
+                write!(f, ",uri={},connections={}", doubled(&nbd.uri), nbd.connections)?;
                 if let Some(path) = &nbd.tls_ca {
-                    write!(f, ",tls-ca={}", path.display())?;
+                    write!(f, ",tls-ca={}", doubled(path.display()))?;
                 }
                 if let Some(identity) = &nbd.tls_identity {
-                    write!(f, ",tls-certificate={}", identity.certificate.display())?;
-                    write!(f, ",tls-key={}", identity.key.display())?;
+                    write!(f, ",tls-certificate={}", doubled(identity.certificate.display()))?;
+                    write!(f, ",tls-key={}", doubled(identity.key.display()))?;
                 }
-                nbd.tls_hostname.as_ref().map_or(Ok(()), |name| write!(f, ",tls-hostname={name}"))
+                nbd.tls_hostname.as_ref().map_or(Ok(()), |name| write!(f, ",tls-hostname={}", doubled(name)))
             }
         }
     }
+}
+
+/// A value within a table of options, where a comma is written twice.
+pub(super) fn doubled(value: impl fmt::Display) -> String {
+    value.to_string().replace(',', ",,")
 }
 
 impl VolumeConfig {

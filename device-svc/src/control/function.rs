@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
 use crate::config::{FunctionConfig, LimitConfig, LinkConfig, PayloadConfig};
 use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
@@ -49,23 +50,6 @@ struct Inner {
     closed: bool,
 }
 
-/// How a function stands.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Standing {
-    /// Nobody is attached.
-    Waiting,
-    /// Somebody is attached, and so many queues run.
-    Attached {
-        /// Queues that run.
-        running: u16,
-    },
-    /// A fault of the guest stopped it; it needs a reset.
-    NeedsReset {
-        /// What the guest did.
-        reason: String,
-    },
-}
-
 /// A virtio-blk function.
 pub struct BlkFunction {
     number: u32,
@@ -75,13 +59,13 @@ pub struct BlkFunction {
     counters: Vec<Arc<QueueCounters>>,
     reactors: Arc<Reactors>,
     placement: Vec<usize>,
-    courier: Sender<Notice>,
-    notify: Box<dyn Fn(Standing) + Send + Sync>,
+    courier: Sender<FaultNotice>,
+    notify: Notify,
     inner: Mutex<Inner>,
 }
 
 /// A fault on its way from a reactor to the host.
-pub struct Notice {
+pub struct FaultNotice {
     function: Weak<BlkFunction>,
     queue: u16,
     fault: QueueFault,
@@ -90,13 +74,13 @@ pub struct Notice {
 /// The reactor's end of the courier.
 struct Reporter {
     function: Weak<BlkFunction>,
-    courier: Sender<Notice>,
+    courier: Sender<FaultNotice>,
 }
 
 impl FaultReport for Reporter {
     fn queue_failed(&self, queue: u16, fault: QueueFault) {
         // The service is ending if nobody listens any more.
-        let _ = self.courier.send(Notice { function: Weak::clone(&self.function), queue, fault });
+        let _ = self.courier.send(FaultNotice { function: Weak::clone(&self.function), queue, fault });
     }
 }
 
@@ -105,10 +89,10 @@ impl FaultReport for Reporter {
 ///
 /// # Errors
 /// When the kernel refuses a thread.
-pub fn start_courier() -> std::io::Result<Sender<Notice>> {
-    let (sender, receiver): (Sender<Notice>, Receiver<Notice>) = channel();
+pub fn start_courier() -> std::io::Result<Sender<FaultNotice>> {
+    let (sender, receiver): (Sender<FaultNotice>, Receiver<FaultNotice>) = channel();
     std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
-        for Notice { function, queue, fault } in receiver {
+        for FaultNotice { function, queue, fault } in receiver {
             if let Some(function) = function.upgrade() {
                 function.queue_failed(queue, fault);
             }
@@ -142,8 +126,8 @@ impl BlkFunction {
         volume: &Volume,
         group: Option<Arc<Limit>>,
         reactors: Arc<Reactors>,
-        courier: Sender<Notice>,
-        notify: impl Fn(Standing) + Send + Sync + 'static,
+        courier: Sender<FaultNotice>,
+        notify: Notify,
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
         let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
@@ -172,7 +156,7 @@ impl BlkFunction {
             reactors,
             placement,
             courier,
-            notify: Box::new(notify),
+            notify,
             inner: Mutex::new(Inner {
                 memory: Arc::default(),
                 features: 0,

@@ -113,6 +113,9 @@ impl Turning {
                 }
             }
         }
+        // Channels go first, on the thread that polled them: they may hold requests whose memory belongs to the lanes.
+        self.channels.clear();
+        self.lanes.clear();
     }
 
     /// One turn. Returns whether there was something to do.

@@ -1,0 +1,86 @@
+//! The commands. Each ends with one clear line and status 1 when it fails, and then has left nothing half done.
+
+pub(crate) mod arguments;
+mod client;
+mod function;
+mod output;
+mod serve;
+mod stats;
+mod volume;
+
+use std::io::IsTerminal;
+
+use anyhow::Result;
+use clap::CommandFactory;
+
+use arguments::{Arguments, Command, LogFormat};
+use device_svc::config::{Config, LinkConfig};
+use output::print;
+use serde_json::json;
+
+/// Runs one command.
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    match arguments.command {
+        Command::Serve(serve) => {
+            set_up_logs(serve.log_format);
+            serve::serve(&serve)
+        }
+        Command::Validate(validate) => show_valid(&validate),
+        Command::Function(command) => function::run(command),
+        Command::Volume(command) => volume::run(command),
+        Command::Stats(stats) => stats::run(&stats),
+        Command::Demo(demo) => device_svc::control::demo::run(demo),
+        Command::Completion { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "device-svc", &mut text);
+            print(&String::from_utf8_lossy(&text))
+        }
+    }
+}
+
+fn set_up_logs(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // Standard output is for what was asked for; logs go beside it.
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+}
+
+fn show_valid(validate: &arguments::Validate) -> Result<()> {
+    let config = Config::load(&validate.config)?;
+    if validate.json {
+        let volumes = config.volumes.iter().map(|volume| {
+            json!({
+                "name": volume.name, "uuid": volume.uuid.to_string(), "serial": volume.serial_text(),
+                "backend": volume.backend.to_string(),
+            })
+        });
+        let functions = config.functions.iter().map(
+            |function| json!({ "name": function.name, "volume": function.volume, "link": function.link.to_string() }),
+        );
+        let all = json!({
+            "control": config.control.listen.to_string(),
+            "volumes": volumes.collect::<Vec<_>>(),
+            "functions": functions.collect::<Vec<_>>(),
+        });
+        return print(&format!("{all:#}\n"));
+    }
+    let mut text = format!("{}: good\n", validate.config.display());
+    for volume in &config.volumes {
+        let (name, serial) = (&volume.name, volume.serial_text());
+        text.push_str(&format!("volume {name}: uuid {}, serial {serial}, {}\n", volume.uuid, volume.backend));
+    }
+    for function in &config.functions {
+        let LinkConfig::VhostUser { socket, .. } = &function.link;
+        text.push_str(&format!(
+            "function {}: volume {}, socket {}\n",
+            function.name,
+            function.volume,
+            socket.display()
+        ));
+    }
+    print(&text)
+}

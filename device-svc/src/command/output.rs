@@ -1,0 +1,240 @@
+//! What commands print: aligned columns for people, JSON in the words of the configuration for programs.
+
+use std::io::{ErrorKind, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use device_svc::config::quantity::{format_duration, format_size};
+use proto::v1;
+use serde_json::{Value, json};
+
+/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("standard output"),
+    }
+}
+
+/// Rows in columns as wide as their widest cell.
+pub(crate) fn columns(head: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = head.iter().map(|cell| cell.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: Vec<&str>| {
+        let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        format!("{}\n", padded.collect::<Vec<_>>().join("  ").trim_end())
+    };
+    let mut text = line(head.to_vec());
+    for row in rows {
+        text.push_str(&line(row.iter().map(String::as_str).collect()));
+    }
+    text
+}
+
+/// A JSON value on its own lines.
+pub(crate) fn json_text(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn us(microseconds: u64) -> String {
+    format_duration(Duration::from_micros(microseconds))
+}
+
+fn without_nulls(mut value: Value) -> Value {
+    if let Some(object) = value.as_object_mut() {
+        object.retain(|_, value| !value.is_null());
+    }
+    value
+}
+
+fn positive(number: u64) -> Value {
+    if number == 0 { Value::Null } else { number.into() }
+}
+
+pub(crate) fn state_name(state: v1::State) -> &'static str {
+    match state {
+        v1::State::Unspecified => "unknown",
+        v1::State::Waiting => "waiting",
+        v1::State::Attached => "attached",
+        v1::State::NeedsReset => "needs-reset",
+    }
+}
+
+/// A backend as its option's text, and as JSON.
+pub(crate) fn backend(backend: Option<&v1::Backend>) -> (String, Value) {
+    use v1::backend::Kind;
+    match backend.and_then(|backend| backend.kind.as_ref()) {
+        None => ("unknown".to_owned(), Value::Null),
+        Some(Kind::Null(nowhere)) => {
+            let size = format_size(nowhere.size_bytes);
+            (format!("null,size={size}"), json!({ "type": "null", "size": nowhere.size_bytes }))
+        }
+        Some(Kind::Ram(ram)) => {
+            let size = format_size(ram.size_bytes);
+            (format!("ram,size={size}"), json!({ "type": "ram", "size": ram.size_bytes }))
+        }
+        Some(Kind::File(file)) => {
+            let value = json!({
+                "type": "file", "path": file.path, "create": file.create_bytes, "direct": file.direct,
+            });
+            (format!("file,path={}", file.path), without_nulls(value))
+        }
+        Some(Kind::Nbd(nbd)) => {
+            let value = json!({
+                "type": "nbd", "uri": nbd.uri, "connections": nbd.connections, "tls-ca": nbd.tls_ca,
+                "tls-certificate": nbd.tls_certificate, "tls-key": nbd.tls_key, "tls-hostname": nbd.tls_hostname,
+            });
+            (format!("nbd,uri={},connections={}", nbd.uri, nbd.connections), without_nulls(value))
+        }
+    }
+}
+
+/// A volume as JSON.
+pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
+    let settings = volume.settings.clone().unwrap_or_default();
+    json!({
+        "name": settings.name,
+        "uuid": settings.uuid,
+        "serial": settings.serial,
+        "backend": backend(settings.backend.as_ref()).1,
+        "io-timeout": us(settings.io_timeout_us.unwrap_or_default()),
+        "read-only": volume.read_only,
+        "size-bytes": volume.size_bytes,
+        "block-bytes": volume.block_bytes,
+        "physical-block-bytes": volume.physical_block_bytes,
+        "volatile-cache": volume.volatile_cache,
+        "discard": volume.discard,
+        "write-zeroes": volume.write_zeroes,
+        "functions": volume.functions,
+    })
+}
+
+/// A limit as JSON, and as its option's text; empty where nothing is limited.
+pub(crate) fn limit(limit: Option<&v1::Limit>) -> (String, Value) {
+    let limit = limit.copied().unwrap_or_default();
+    let rates = [
+        ("iops", limit.iops, false),
+        ("bandwidth", limit.bandwidth, true),
+        ("read-iops", limit.read_iops, false),
+        ("write-iops", limit.write_iops, false),
+        ("read-bandwidth", limit.read_bandwidth, true),
+        ("write-bandwidth", limit.write_bandwidth, true),
+    ];
+    let mut parts = Vec::new();
+    let mut object = serde_json::Map::new();
+    for (key, rate, is_bytes) in rates.into_iter().filter(|(_, rate, _)| *rate != 0) {
+        parts.push(format!("{key}={}", if is_bytes { format_size(rate) } else { rate.to_string() }));
+        object.insert(key.to_owned(), rate.into());
+    }
+    if parts.is_empty() {
+        return (String::new(), Value::Null);
+    }
+    parts.push(format!("burst={}", us(limit.burst_us)));
+    object.insert("burst".to_owned(), us(limit.burst_us).into());
+    (parts.join(","), Value::Object(object))
+}
+
+/// A function as JSON.
+pub(crate) fn function_json(function: &v1::Function) -> Value {
+    let settings = function.settings.clone().unwrap_or_default();
+    let link = settings.link.clone().unwrap_or_default();
+    json!({
+        "name": settings.name,
+        "type": settings.r#type,
+        "link": {
+            "type": "vhost-user",
+            "socket": link.socket,
+            "mode": link.mode,
+            "socket-mode": format!("{:04o}", link.socket_mode.unwrap_or_default()),
+            "payload": link.payload,
+        },
+        "volume": settings.volume,
+        "queues": settings.queues,
+        "queue-size": settings.queue_size,
+        "packed": settings.packed,
+        "seg-max": settings.seg_max,
+        "block-size": positive(settings.block_size.into()),
+        "write-cache": settings.write_cache,
+        "limit": limit(settings.limit.as_ref()).1,
+        "limit-group": if settings.limit_group.is_empty() { Value::Null } else { settings.limit_group.into() },
+        "state": state_name(v1::State::try_from(function.state).unwrap_or_default()),
+        "queues-running": function.queues_running,
+        "reason": if function.reason.is_empty() { Value::Null } else { function.reason.clone().into() },
+        "volume-uuid": function.volume_uuid,
+        "serial": function.serial,
+        "size-bytes": function.size_bytes,
+    })
+}
+
+/// A size for people.
+pub(crate) fn size(bytes: u64) -> String {
+    format_size(bytes)
+}
+
+/// A volume, one key a line.
+pub(crate) fn volume_text(volume: &v1::Volume) -> String {
+    let settings = volume.settings.clone().unwrap_or_default();
+    let functions = if volume.functions.is_empty() { "none".to_owned() } else { volume.functions.join(", ") };
+    lines(&[
+        ("name", settings.name),
+        ("uuid", settings.uuid),
+        ("serial", settings.serial),
+        ("backend", backend(settings.backend.as_ref()).0),
+        ("size", format!("{} ({} bytes)", size(volume.size_bytes), volume.size_bytes)),
+        ("block-size", format!("{} (physical {})", volume.block_bytes, volume.physical_block_bytes)),
+        ("io-timeout", us(settings.io_timeout_us.unwrap_or_default())),
+        ("read-only", volume.read_only.to_string()),
+        ("volatile-cache", volume.volatile_cache.to_string()),
+        ("discard", volume.discard.to_string()),
+        ("write-zeroes", volume.write_zeroes.to_string()),
+        ("functions", functions),
+    ])
+}
+
+/// A function, one key a line.
+pub(crate) fn function_text(function: &v1::Function) -> String {
+    let settings = function.settings.clone().unwrap_or_default();
+    let link = settings.link.clone().unwrap_or_default();
+    let or = |text: String, otherwise: &str| if text.is_empty() { otherwise.to_owned() } else { text };
+    let state = state_name(v1::State::try_from(function.state).unwrap_or_default());
+    let state = if function.reason.is_empty() { state.to_owned() } else { format!("{state}: {}", function.reason) };
+    let block_size = if settings.block_size == 0 { "the volume's".to_owned() } else { settings.block_size.to_string() };
+    lines(&[
+        ("name", settings.name),
+        ("type", settings.r#type),
+        ("state", state),
+        ("queues-running", function.queues_running.to_string()),
+        (
+            "link",
+            format!(
+                "vhost-user,socket={},mode={},socket-mode={:04o},payload={}",
+                link.socket,
+                link.mode,
+                link.socket_mode.unwrap_or_default(),
+                link.payload
+            ),
+        ),
+        ("volume", settings.volume),
+        ("volume-uuid", function.volume_uuid.clone()),
+        ("serial", function.serial.clone()),
+        ("size", format!("{} ({} bytes)", size(function.size_bytes), function.size_bytes)),
+        ("queues", settings.queues.to_string()),
+        ("queue-size", settings.queue_size.to_string()),
+        ("packed", settings.packed.unwrap_or_default().to_string()),
+        ("seg-max", settings.seg_max.to_string()),
+        ("block-size", block_size),
+        ("write-cache", settings.write_cache.unwrap_or_default().to_string()),
+        ("limit", or(limit(settings.limit.as_ref()).0, "none")),
+        ("limit-group", or(settings.limit_group, "none")),
+    ])
+}
+
+fn lines(pairs: &[(&str, String)]) -> String {
+    let width = pairs.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
+    pairs.iter().map(|(key, value)| format!("{key:width$}  {value}\n")).collect()
+}

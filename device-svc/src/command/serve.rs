@@ -1,0 +1,112 @@
+//! `device-svc serve`: the card's process, from its signals to its last breath.
+
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use anyhow::{Context, Result};
+use device_svc::config::{Config, ControlConfig, ReactorsConfig};
+use device_svc::control::open_backend::open_backend;
+use device_svc::control::serve::Card;
+use device_svc::control::starter::start_reactors;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::arguments::Serve;
+use super::client::parse_address;
+use super::output::print;
+
+/// Serves until told to stop.
+pub(crate) fn serve(serve: &Serve) -> Result<()> {
+    // Before any thread is spawned, so that every one of them is born with these blocked: they end the card between turns,
+    // and are read on this thread alone.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context("block signals")?;
+    let signals =
+        SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("take signals")?;
+
+    let mut config = match &serve.config {
+        Some(path) => Config::load(path)?,
+        None => Config {
+            reactors: ReactorsConfig::default(),
+            control: ControlConfig::default(),
+            volumes: Vec::new(),
+            functions: Vec::new(),
+            limit_groups: Vec::new(),
+        },
+    };
+    if serve.control.is_some() {
+        config.control.listen = parse_address(serve.control.as_deref())?;
+        config.control.shim = config.control.listen.shim_beside();
+    }
+    device_svc::dma::install_bus_fault_guard().context("install the guard against truncated VM memory")?;
+
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
+    let served: Result<()> = runtime.block_on(async {
+        let (stop, stopping) = watch::channel(false);
+        tokio::spawn(take_signals(AsyncFd::new(signals).context("watch for signals")?, stop));
+        let starter = start_reactors(&config.reactors)?;
+        let card = Card::bind(&config, starter, Box::new(open_backend))?;
+        let ready = ready_line(&config, &card);
+        card.serve(config, stopping, || {
+            tracing::info!("{ready}");
+            // Whoever started us may have closed its end; the card serves all the same.
+            let _ = print(&format!("ready: {ready}\n"));
+            notify_systemd("READY=1");
+        })
+        .await?;
+        Ok(())
+    });
+    notify_systemd("STOPPING=1");
+    // Threads that wait for a storage server do not keep the process.
+    runtime.shutdown_background();
+    served
+}
+
+fn ready_line(config: &Config, card: &Card) -> String {
+    let metrics =
+        card.metrics_address().map(|address| format!(", metrics http://{address}/metrics")).unwrap_or_default();
+    let (volumes, functions) = (config.volumes.len(), config.functions.len());
+    format!("control {}, volumes {volumes}, functions {functions}{metrics}", config.control.listen)
+}
+
+/// The first signal stops the card, a second one ends the process at once.
+async fn take_signals(signals: AsyncFd<SignalFd>, stop: watch::Sender<bool>) {
+    while let Ok(mut readable) = signals.readable().await {
+        match readable.get_inner().read_signal() {
+            Ok(Some(signal)) if *stop.borrow() => {
+                tracing::warn!("a second signal: ending at once");
+                // As a shell reports a process that a signal ended.
+                std::process::exit(128 + signal.ssi_signo as i32);
+            }
+            Ok(Some(signal)) => {
+                let name = Signal::try_from(signal.ssi_signo as i32).map_or("a signal", Signal::as_str);
+                tracing::info!("{name}: stopping when what is in flight has completed");
+                stop.send_replace(true);
+            }
+            Ok(None) => readable.clear_ready(),
+            Err(error) => {
+                tracing::error!(%error, "signals cannot be read");
+                return;
+            }
+        }
+    }
+}
+
+/// Tells a service manager that asked for it (`sd_notify(3)`): one datagram to the socket that it named.
+fn notify_systemd(state: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes().strip_prefix(b"@") {
+        Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
+        None => SocketAddr::from_pathname(&name),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "the service manager was not told {state}");
+    }
+}

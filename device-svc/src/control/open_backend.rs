@@ -1,0 +1,48 @@
+//! The one place where a volume's settings become its storage.
+
+use std::sync::Arc;
+
+use crate::backend::file::{DirectIo, FileBackend, FileSettings};
+use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
+use crate::backend::null::{NullBackend, NullSettings};
+use crate::backend::ram::{RamBackend, RamSettings};
+use crate::backend::{BackendError, BlockBackend};
+use crate::config::{BackendConfig, NbdConfig, VolumeConfig};
+
+/// Opens the storage of `config`.
+///
+/// # Errors
+/// When the storage refuses or cannot be reached, in words that name the volume's storage and the next step.
+pub fn open_backend(config: &VolumeConfig) -> Result<Arc<dyn BlockBackend>, BackendError> {
+    let read_only = config.read_only;
+    Ok(match &config.backend {
+        BackendConfig::Null { size_bytes } => {
+            Arc::new(NullBackend::new(&NullSettings { size_bytes: *size_bytes, read_only })?)
+        }
+        BackendConfig::Ram { size_bytes } => {
+            Arc::new(RamBackend::new(&RamSettings { size_bytes: *size_bytes, read_only })?)
+        }
+        BackendConfig::File { path, create_bytes, direct } => {
+            let direct = match direct {
+                None => DirectIo::Auto,
+                Some(true) => DirectIo::Always,
+                Some(false) => DirectIo::Never,
+            };
+            let settings = FileSettings { path: path.clone(), create_bytes: *create_bytes, read_only, direct };
+            Arc::new(FileBackend::open(&settings)?)
+        }
+        BackendConfig::Nbd(config) => Arc::new(NbdBackend::open(nbd_settings(config, read_only)?)?),
+    })
+}
+
+fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, BackendError> {
+    let uri: NbdUri = config.uri.parse().map_err(|error| BackendError::Refused(format!("{error}")))?;
+    let asks_tls = config.uri.starts_with("nbds");
+    let tls = asks_tls.then(|| TlsSettings {
+        authorities: config.tls_ca.clone(),
+        identity: config.tls_identity.clone().map(|identity| (identity.certificate, identity.key)),
+        server_name: config.tls_hostname.clone(),
+    });
+    let connections = usize::from(config.connections);
+    Ok(NbdSettings { connections, tls, read_only, ..NbdSettings::new(uri) })
+}

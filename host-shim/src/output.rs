@@ -1,0 +1,121 @@
+//! What is printed: lines for people, one JSON object a line for programs.
+
+use std::io::{ErrorKind, Write};
+
+use anyhow::{Context, Result, anyhow};
+use proto::v1::{Event, EventKind, FunctionView, Missed, State};
+use serde_json::{Value, json};
+
+/// Writes to standard output at once; a reader that has seen enough ends the program without complaint.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err(anyhow!("nobody reads any more")),
+        result => result.context("standard output"),
+    }
+}
+
+fn state(function: &FunctionView) -> &'static str {
+    match State::try_from(function.state).unwrap_or_default() {
+        State::Unspecified => "unknown",
+        State::Waiting => "waiting",
+        State::Attached => "attached",
+        State::NeedsReset => "needs-reset",
+    }
+}
+
+fn view(function: &FunctionView) -> Value {
+    json!({
+        "name": function.name, "type": function.r#type, "state": state(function), "link": function.link,
+        "volume-uuid": function.volume_uuid, "serial": function.serial, "size-bytes": function.size_bytes,
+    })
+}
+
+/// All functions.
+pub(crate) fn list(functions: &[FunctionView], json: bool) -> String {
+    if json {
+        let all = Value::Array(functions.iter().map(view).collect());
+        return format!("{all:#}\n");
+    }
+    let head = ["NAME", "TYPE", "STATE", "SERIAL", "SIZE", "LINK"].map(str::to_owned);
+    let rows = functions.iter().map(|function| {
+        let (kind, serial) = (function.r#type.clone(), function.serial.clone());
+        let size = function.size_bytes.to_string();
+        [function.name.clone(), kind, state(function).to_owned(), serial, size, function.link.clone()]
+    });
+    let rows: Vec<[String; 6]> = std::iter::once(head).chain(rows).collect();
+    let mut widths = [0; 6];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in &rows {
+        let padded = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        text.push_str(padded.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// A function that is there when following starts.
+pub(crate) fn present(function: &FunctionView, json: bool) -> String {
+    if json {
+        let mut value = view(function);
+        value["event"] = "present".into();
+        return format!("{value}\n");
+    }
+    format!("present {} ({}, {}, serial {})\n", function.name, state(function), function.link, function.serial)
+}
+
+/// One event.
+pub(crate) fn event(event: &Event, json: bool) -> String {
+    let kind = match EventKind::try_from(event.kind).unwrap_or_default() {
+        EventKind::Unspecified => "unknown",
+        EventKind::Created => "created",
+        EventKind::Deleted => "deleted",
+        EventKind::Attached => "attached",
+        EventKind::Detached => "detached",
+        EventKind::NeedsReset => "needs-reset",
+        EventKind::Recovered => "recovered",
+        EventKind::Resized => "resized",
+    };
+    if json {
+        let mut value = json!({
+            "event": kind, "function": event.function, "sequence": event.sequence, "unix-ms": event.unix_ms,
+            "volume-uuid": event.volume_uuid,
+        });
+        if event.size_bytes != 0 {
+            value["size-bytes"] = event.size_bytes.into();
+        }
+        if !event.reason.is_empty() {
+            value["reason"] = event.reason.clone().into();
+        }
+        return format!("{value}\n");
+    }
+    let more = match (event.size_bytes, event.reason.as_str()) {
+        (0, "") => String::new(),
+        (0, reason) => format!(" ({reason})"),
+        (bytes, _) => format!(" ({bytes} bytes)"),
+    };
+    format!("{kind} {}{more}\n", event.function)
+}
+
+/// Events that this follower will not see.
+pub(crate) fn missed(missed: &Missed, json: bool) -> String {
+    let text = match missed.events {
+        0 => "the card was restarted; its functions are listed anew".to_owned(),
+        1 => "1 event was missed; the functions are listed anew".to_owned(),
+        count => format!("{count} events were missed; the functions are listed anew"),
+    };
+    if json {
+        return format!("{}\n", json!({ "event": "missed", "missed": missed.events, "message": text }));
+    }
+    format!("missed: {text}\n")
+}
+
+/// Something about the card itself.
+pub(crate) fn note(kind: &str, text: &str, json: bool) -> String {
+    if json { format!("{}\n", json!({ "event": kind, "message": text })) } else { format!("{kind}: {text}\n") }
+}
