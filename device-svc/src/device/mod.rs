@@ -54,7 +54,7 @@ pub trait Lane: Send {
 
     /// Whether a lane that was told to stop has: nothing of it touches the VM's memory, and what remains waits for a server
     /// that is away.
-    fn is_stopped(&self, now: Moment) -> bool;
+    fn is_stopped(&mut self, now: Moment) -> bool;
 
     /// Where the queue would go on.
     fn position(&self) -> QueuePosition;
@@ -69,10 +69,10 @@ pub trait Lane: Send {
     fn abandon(&mut self);
 
     /// Whether an abandoned lane has let go of the VM's memory.
-    fn is_let_go(&self) -> bool;
+    fn is_let_go(&mut self) -> bool;
 
-    /// Whether nothing of the lane is in its channel any more.
-    fn is_drained(&self) -> bool;
+    /// Whether nothing of the lane is in its channel any more, nor on its way to or from card memory.
+    fn is_drained(&mut self) -> bool;
 
     /// Use this table as soon as nothing in flight depends on what is not in it. Returns whether it is in use; ask again
     /// after a turn if not.

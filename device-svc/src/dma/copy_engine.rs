@@ -150,6 +150,11 @@ impl DmaEngine for CopyEngine {
     }
 
     #[inline]
+    fn is_idle(&mut self) -> bool {
+        true
+    }
+
+    #[inline]
     fn lend(
         &mut self,
         from: Iova,

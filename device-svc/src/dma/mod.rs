@@ -12,11 +12,15 @@
 
 mod card;
 mod copy_engine;
+#[cfg(test)]
+mod delayed;
 mod guard;
 mod memory;
 
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
+#[cfg(test)]
+pub use delayed::DelayedEngine;
 pub use guard::install as install_bus_fault_guard;
 pub use memory::{HostMemory, Mapping, MemoryError, Region};
 
@@ -140,6 +144,9 @@ pub trait DmaEngine: Send {
     /// # Errors
     /// When a copy failed: the function needs a reset.
     fn landed(&mut self) -> Result<Ticket, DmaFault>;
+
+    /// Whether no copy is on its way: host memory and card memory may change hands.
+    fn is_idle(&mut self) -> bool;
 
     /// Lends `length` bytes of host memory for payload in place: appends the ranges to `out` (several where the range
     /// spans maps).

@@ -78,9 +78,12 @@ pub(super) struct SplitMirror {
     fetching: Fetching,
     publishing: Publishing,
     cursors: [Cursor; FETCH_MAX as usize],
-    /// For each descriptor, the batch in which it was last fetched.
-    fetched_in: Box<[u32]>,
-    batch: u32,
+    /// For each descriptor, the round in which it was last asked for. It is here when that round is of this batch and over.
+    asked_in: Box<[u32]>,
+    /// Rounds of fetching descriptors: a batch has one, and one more for each time that a guess was wrong.
+    round: u32,
+    /// The batch's first round.
+    first_round: u32,
     /// How long the last chain was.
     guess: u16,
     tables_used: u32,
@@ -110,8 +113,9 @@ impl SplitMirror {
             fetching: Fetching::Idle,
             publishing: Publishing::Idle,
             cursors: [Cursor::default(); FETCH_MAX as usize],
-            fetched_in: vec![0; size as usize].into_boxed_slice(),
-            batch: 0,
+            asked_in: vec![0; size as usize].into_boxed_slice(),
+            round: 0,
+            first_round: 0,
             guess: 3,
             tables_used: 0,
             event_index: start.features & features::EVENT_INDEX != 0,
@@ -216,11 +220,13 @@ impl SplitMirror {
     /// Guesses where the descriptors of the heads are, and fetches them.
     #[inline]
     fn begin_batch<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<(), QueueFault> {
-        self.batch = self.batch.wrapping_add(1);
-        if self.batch == 0 {
-            self.fetched_in.fill(0);
-            self.batch = 1;
+        // Rounds are numbered over the queue's life; long before the number wraps, old marks are cleared.
+        if self.round > u32::MAX / 2 {
+            self.asked_in.fill(0);
+            self.round = 0;
         }
+        self.round += 1;
+        self.first_round = self.round;
         self.tables_used = 0;
         let size = self.ring.size();
         let mut run: Option<(u16, u16)> = None;
@@ -255,7 +261,7 @@ impl SplitMirror {
     fn request_descriptors<E: DmaEngine>(&mut self, engine: &mut E, first: u16, end: u16) -> Result<(), QueueFault> {
         let to = self.places.descriptors.add(16 * u32::from(first));
         engine.read(self.ring.descriptor_at(first), to, 16 * u32::from(end - first))?;
-        self.fetched_in[usize::from(first)..usize::from(end)].fill(self.batch);
+        self.asked_in[usize::from(first)..usize::from(end)].fill(self.round);
         Ok(())
     }
 
@@ -264,10 +270,18 @@ impl SplitMirror {
     #[inline]
     fn follow_chains<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<(u16, bool), QueueFault> {
         let mut missing = false;
+        // What is asked for from here on is not here yet.
+        self.round += 1;
         for index in 0..count {
             let mut cursor = self.cursors[usize::from(index)];
             while !cursor.done {
-                if self.fetched_in[usize::from(cursor.at)] != self.batch {
+                let asked_in = self.asked_in[usize::from(cursor.at)];
+                if asked_in == self.round {
+                    // Asked for on behalf of a chain before.
+                    missing = true;
+                    break;
+                }
+                if asked_in < self.first_round {
                     let end = cursor.at.saturating_add(self.guess).min(self.ring.size());
                     self.request_descriptors(engine, cursor.at, end)?;
                     missing = true;

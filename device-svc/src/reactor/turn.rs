@@ -259,7 +259,7 @@ impl Turning {
             }
         }
         for slot in &mut self.lanes {
-            if slot.as_ref().is_some_and(|slot| slot.abandoned && slot.lane.is_drained()) {
+            if slot.as_mut().is_some_and(|slot| slot.abandoned && slot.lane.is_drained()) {
                 *slot = None;
             }
         }
@@ -308,7 +308,7 @@ impl Turning {
             }
             Wait::Memory(function, memory, reply) => {
                 let mut all = true;
-                for slot in self.lanes.iter_mut().flatten().filter(|slot| slot.key.function == function) {
+                for slot in self.of_function(function) {
                     all &= slot.lane.offer_memory(&memory);
                 }
                 if !all {
@@ -320,8 +320,8 @@ impl Turning {
         }
     }
 
-    fn of_function(&self, function: u32) -> impl Iterator<Item = &LaneSlot> {
-        self.lanes.iter().flatten().filter(move |slot| slot.key.function == function)
+    fn of_function(&mut self, function: u32) -> impl Iterator<Item = &mut LaneSlot> {
+        self.lanes.iter_mut().flatten().filter(move |slot| slot.key.function == function)
     }
 
     /// Sleeps until there is something to do, if there is nothing now. Returns the moment after.

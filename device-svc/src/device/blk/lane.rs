@@ -919,10 +919,10 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         }
     }
 
-    fn is_stopped(&self, now: Moment) -> bool {
+    fn is_stopped(&mut self, now: Moment) -> bool {
         let State::Stopping(until) = self.state else { return true };
         let ring_busy = self.mirror.is_publishing() || self.mirror.is_fetching();
-        if !self.landing.is_empty() || (ring_busy && !self.ring_gone) {
+        if !self.landing.is_empty() || (ring_busy && !self.ring_gone) || !self.mirror.engine().is_idle() {
             return false;
         }
         !self.in_channel() || (self.shared.payload == PayloadPlace::Card && now >= until)
@@ -959,17 +959,20 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         self.counters.held.set(0);
     }
 
-    fn is_let_go(&self) -> bool {
-        self.shared.payload == PayloadPlace::Card || !self.in_channel()
+    fn is_let_go(&mut self) -> bool {
+        (self.shared.payload == PayloadPlace::Card || !self.in_channel()) && self.mirror.engine().is_idle()
     }
 
-    fn is_drained(&self) -> bool {
-        !self.in_channel()
+    fn is_drained(&mut self) -> bool {
+        !self.in_channel() && self.mirror.engine().is_idle()
     }
 
     fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
         let running = matches!(self.state, State::Running | State::Stopping(_)) && !self.ring_gone;
         if running && (self.mirror.is_fetching() || self.mirror.is_publishing() || !self.landing.is_empty()) {
+            return false;
+        }
+        if !self.mirror.engine().is_idle() {
             return false;
         }
         if self.shared.payload == PayloadPlace::InPlace {
@@ -990,3 +993,5 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod simulation;

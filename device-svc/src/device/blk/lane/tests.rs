@@ -16,7 +16,7 @@ const DATA_BYTES: u32 = 8192;
 
 /// A port without descriptors that counts interrupts.
 #[derive(Default)]
-struct CountingPort(Arc<AtomicU32>);
+pub(super) struct CountingPort(Arc<AtomicU32>);
 
 impl QueuePort for CountingPort {
     fn doorbell_fd(&self) -> Option<RawFd> {
@@ -31,7 +31,7 @@ impl QueuePort for CountingPort {
 }
 
 #[derive(Default)]
-struct Faults(std::sync::Mutex<Vec<QueueFault>>);
+pub(super) struct Faults(pub(super) std::sync::Mutex<Vec<QueueFault>>);
 
 impl FaultReport for Faults {
     fn queue_failed(&self, _queue: u16, fault: QueueFault) {
