@@ -141,6 +141,17 @@ impl Bridge {
         Some(list)
     }
 
+    /// Makes the event descriptor readable: the channel takes requests again, and nothing else would tell.
+    pub(super) fn ring(&self) {
+        // Fails only if 2^64 - 2 rings were never read.
+        let _ = self.shared.event.write(1);
+    }
+
+    /// Ends what [`Self::ring`] began. Only while nothing is asked for: it would swallow the thread's ring.
+    pub(super) fn silence(&self) {
+        let _ = self.shared.event.read();
+    }
+
     /// Readable when [`Self::take`] has something.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.shared.event.as_fd()

@@ -62,6 +62,10 @@ pub(super) struct NbdChannel {
     /// Whether a flush of our own is under way, and whether one is wanted because a write found no room in the log.
     flushing: bool,
     flush_wanted: bool,
+    /// Whether a request was handed back for a reason whose end no completion tells of, and whether the event descriptor
+    /// has been rung because that reason is gone: a reactor that sleeps must learn to submit again.
+    refused: bool,
+    rung: bool,
     bridge: Bridge,
     epoll: Epoll,
     left: Arc<Left>,
@@ -94,6 +98,8 @@ impl NbdChannel {
             log,
             flushing: false,
             flush_wanted: false,
+            refused: false,
+            rung: false,
             bridge,
             epoll,
             left,
@@ -126,9 +132,24 @@ impl NbdChannel {
 
     fn get_ready(&mut self) {
         self.state = State::Ready;
+        self.ring();
         if self.told {
             self.told = false;
             tracing::info!(uri = %self.uri, "connection to the storage server restored");
+        }
+    }
+
+    /// Wakes a reactor that was handed a request back.
+    fn ring(&mut self) {
+        if std::mem::take(&mut self.refused) && !self.rung {
+            self.rung = true;
+            self.bridge.ring();
+        }
+    }
+
+    fn silence(&mut self) {
+        if std::mem::take(&mut self.rung) {
+            self.bridge.silence();
         }
     }
 
@@ -164,6 +185,7 @@ impl NbdChannel {
             }
             self.table.remove(row as u32);
         }
+        self.silence();
         self.bridge.ask(now.ns_since(self.connected) < STEADY.as_nanos() as u64);
     }
 
@@ -322,6 +344,7 @@ impl NbdChannel {
                 if request.fault.is_some() {
                     return Err(Loss::Flush);
                 }
+                self.ring();
             }
             Purpose::Replay => {
                 // A trim that fails leaves what is undefined undefined.
@@ -413,6 +436,7 @@ impl BlockChannel for NbdChannel {
     fn submit(&mut self, request: BlockRequest) -> Result<(), BlockRequest> {
         // One row stays for the channel's own flush.
         if self.state != State::Ready || !self.table.has_room(2) {
+            self.refused = true;
             return Err(request);
         }
         let writes = !matches!(request.operation, BlockOperation::Read | BlockOperation::Flush);
@@ -426,6 +450,7 @@ impl BlockChannel for NbdChannel {
                 reserved = !flush_after;
                 if reserved && !log.reserve(request.operation, request.length) {
                     self.flush_wanted = true;
+                    self.refused = true;
                     return Err(request);
                 }
             }
@@ -447,6 +472,7 @@ impl BlockChannel for NbdChannel {
                 return;
             }
         }
+        self.silence();
         if let Err(loss) = self.turn(now, completions) {
             self.lose(&loss, now, completions);
         }
