@@ -49,7 +49,7 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
     let served: Result<()> = runtime.block_on(async {
         let (stop, stopping) = watch::channel(false);
-        tokio::spawn(take_signals(AsyncFd::new(signals).context("watch for signals")?, stop));
+        tokio::spawn(take_signals(AsyncFd::register(signals).context("watch for signals")?, stop));
         let starter = start_reactors(&config.reactors)?;
         let card = Card::bind(&config, starter, Box::new(open_backend))?;
         let ready = ready_line(&config, &card);
