@@ -206,11 +206,11 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
         let unknown = || ("volume", format!("there is no volume {:?}; add a [[volume]] of that name", function.volume));
         let volume = volume.ok_or_else(unknown);
         beside(&span, "function", &function.name, volume.as_ref().map(|_| ()).map_err(Clone::clone))?;
-        if let Some(group) = &function.limit_group {
-            if !config.limit_groups.iter().any(|other| other.name == *group) {
-                let message = format!("there is no limit group {group:?}; add a [[limit-group]] of that name");
-                beside(&span, "function", &function.name, Err(("limit-group", message)))?;
-            }
+        if let Some(group) = &function.limit_group
+            && !config.limit_groups.iter().any(|other| other.name == *group)
+        {
+            let message = format!("there is no limit group {group:?}; add a [[limit-group]] of that name");
+            beside(&span, "function", &function.name, Err(("limit-group", message)))?;
         }
         if let Ok(volume) = volume {
             for other in &config.functions {

@@ -33,7 +33,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 #[must_use]
 pub fn format_size(bytes: u64) -> String {
     for (letter, shift) in UNITS {
-        if bytes != 0 && bytes % (1 << shift) == 0 {
+        if bytes != 0 && bytes.is_multiple_of(1 << shift) {
             return format!("{}{letter}", bytes >> shift);
         }
     }
