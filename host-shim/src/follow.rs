@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use proto::v1::follow_events_reply::Item;
 use proto::v1::{FollowEventsRequest, ListFunctionViewsRequest, Position};
 
@@ -85,7 +85,7 @@ async fn follow_once(card: &mut Card, after: &mut Option<Position>, json: bool) 
             Some(Item::Position(_)) | None => continue,
         };
         if let Err(error) = output::print(&text) {
-            return Interruption::Output(anyhow!(error));
+            return Interruption::Output(error);
         }
         if matches!(item, Some(Item::Missed(_))) {
             return Interruption::Missed;

@@ -2,15 +2,15 @@
 
 use std::io::{ErrorKind, Write};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use proto::v1::{Event, EventKind, FunctionView, Missed, State};
 use serde_json::{Value, json};
 
-/// Writes to standard output at once; a reader that has seen enough ends the program without complaint.
+/// Writes to standard output at once. A reader that has seen enough (`| head`) ends the program, and is no error.
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut output = std::io::stdout().lock();
     match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err(anyhow!("nobody reads any more")),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         result => result.context("standard output"),
     }
 }

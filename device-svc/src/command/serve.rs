@@ -10,8 +10,6 @@ use device_svc::control::open_backend::open_backend;
 use device_svc::control::serve::Card;
 use device_svc::control::starter::start_reactors;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::arguments::Serve;
@@ -21,13 +19,14 @@ use super::output::print;
 /// Serves until told to stop.
 pub(crate) fn serve(serve: &Serve) -> Result<()> {
     // Before any thread is spawned, so that every one of them is born with these blocked: they end the card between turns,
-    // and are read on this thread alone.
+    // and only the thread below takes them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block().context("block signals")?;
-    let signals =
-        SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("take signals")?;
+    let (stop, stopping) = watch::channel(false);
+    let taker = std::thread::Builder::new().name("signals".to_owned());
+    taker.spawn(move || take_signals(&signals, &stop)).context("start the thread that takes signals")?;
 
     let mut config = match &serve.config {
         Some(path) => Config::load(path)?,
@@ -48,8 +47,6 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
     let served: Result<()> = runtime.block_on(async {
-        let (stop, stopping) = watch::channel(false);
-        tokio::spawn(take_signals(AsyncFd::new(signals).context("watch for signals")?, stop));
         let starter = start_reactors(&config.reactors)?;
         let card = Card::bind(&config, starter, Box::new(open_backend))?;
         let ready = ready_line(&config, &card);
@@ -75,23 +72,21 @@ fn ready_line(config: &Config, card: &Card) -> String {
     format!("control {}, volumes {volumes}, functions {functions}{metrics}", config.control.listen)
 }
 
-/// The first signal stops the card, a second one ends the process at once.
-async fn take_signals(signals: AsyncFd<SignalFd>, stop: watch::Sender<bool>) {
-    while let Ok(mut readable) = signals.readable().await {
-        match readable.get_inner().read_signal() {
-            Ok(Some(signal)) if *stop.borrow() => {
-                tracing::warn!("a second signal: ending at once");
+/// The first signal stops the card, a second one ends the process at once. Waits for as long as the process lives.
+fn take_signals(signals: &SigSet, stop: &watch::Sender<bool>) {
+    loop {
+        match signals.wait() {
+            Ok(signal) if *stop.borrow() => {
+                tracing::warn!("{signal} again: ending at once");
                 // As a shell reports a process that a signal ended.
-                std::process::exit(128 + signal.ssi_signo as i32);
+                std::process::exit(128 + signal as i32);
             }
-            Ok(Some(signal)) => {
-                let name = Signal::try_from(signal.ssi_signo as i32).map_or("a signal", Signal::as_str);
-                tracing::info!("{name}: stopping when what is in flight has completed");
+            Ok(signal) => {
+                tracing::info!("{signal}: stopping when what is in flight has completed");
                 stop.send_replace(true);
             }
-            Ok(None) => readable.clear_ready(),
             Err(error) => {
-                tracing::error!(%error, "signals cannot be read");
+                tracing::error!(%error, "signals cannot be taken");
                 return;
             }
         }

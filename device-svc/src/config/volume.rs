@@ -25,7 +25,7 @@ const IO_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 const CONNECTIONS_MAX: u64 = 16;
 
 /// Names the identities that are derived from names; any fixed UUID would do.
-const IDENTITY_SPACE: Uuid = Uuid::from_u128(0x6f2b_7a10_53c1_4b8e_9d24_64726179_0001);
+const IDENTITY_SPACE: Uuid = Uuid::from_u128(0x6f2b_7a10_53c1_4b8e_9d24_6472_6179_0001);
 
 /// One volume, as configured.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -230,7 +230,7 @@ impl Inventory {
             .filter_map(|f| f.config.block_bytes)
             .max();
         let block_bytes = u64::from(info.block_bytes.max(shown.unwrap_or(0)));
-        if size_bytes == 0 || size_bytes % block_bytes != 0 {
+        if size_bytes == 0 || !size_bytes.is_multiple_of(block_bytes) {
             let message =
                 format!("{place}: a size of {size_bytes} bytes is not a multiple of its {block_bytes}-byte blocks");
             return Err(InventoryError::Invalid(message));
@@ -456,7 +456,7 @@ fn check_blocks(place: &str, config: &FunctionConfig, info: &BlockInfo) -> Resul
         let message = format!("the volume's blocks have {} bytes; leave the key out", info.block_bytes);
         return Err(InventoryError::Invalid(format!("{place}: `block-size`: {message}")));
     }
-    if info.size_bytes % u64::from(block_bytes) != 0 {
+    if !info.size_bytes.is_multiple_of(u64::from(block_bytes)) {
         let message =
             format!("the volume's {} bytes are no multiple of {block_bytes}; resize it first", info.size_bytes);
         return Err(InventoryError::Invalid(format!("{place}: `block-size`: {message}")));

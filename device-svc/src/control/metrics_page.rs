@@ -118,8 +118,7 @@ fn encode_requests(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt
         let histogram = &queue.counters.latency;
         let mut buckets = [(0.0, 0); LATENCY_BUCKETS];
         for (power, (bucket, counter)) in buckets.iter_mut().zip(&histogram.buckets).enumerate() {
-            // The last bucket has no upper bound, which the text writes as +Inf for the largest number.
-            let bound = if power == LATENCY_BUCKETS - 1 { f64::MAX } else { (1_u64 << power) as f64 / 1e6 };
+            let bound = if power == LATENCY_BUCKETS - 1 { f64::INFINITY } else { (1_u64 << power) as f64 / 1e6 };
             *bucket = (bound, counter.get());
         }
         // From the buckets read, so that count and buckets agree while both go on.

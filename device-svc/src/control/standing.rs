@@ -44,10 +44,10 @@ impl StandingSink {
     /// The function says that it stands so now.
     pub(super) fn changed(&self, standing: Standing) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.life == Life::Here {
-            if let Some(kind) = change(&seen.standing, &standing) {
-                self.push(kind);
-            }
+        if seen.life == Life::Here
+            && let Some(kind) = change(&seen.standing, &standing)
+        {
+            self.push(kind);
         }
         seen.standing = standing;
     }
