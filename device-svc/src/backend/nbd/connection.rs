@@ -322,9 +322,7 @@ impl Connection {
                 part.error = error;
                 self.chunk_end(table, row, true)
             }
-            Reply::Chunk { .. } if !self.structured => {
-                Err(ProtocolError("a structured reply though none were agreed"))
-            }
+            Reply::Chunk { .. } if !self.structured => Err(ProtocolError("a structured reply though none were agreed")),
             Reply::Chunk { cookie, done, body } => {
                 let (row, part) = table.find(cookie, self.index)?;
                 match body {

@@ -105,8 +105,13 @@ impl NbdBackend {
                 return Err(BackendError::Refused(format!("{uri}: TLS is set up; write nbds instead of nbd")));
             }
         };
-        let target =
-            Target { uri, tls, timeout: settings.connect_timeout, connections: settings.connections, size_bytes: 0.into() };
+        let target = Target {
+            uri,
+            tls,
+            timeout: settings.connect_timeout,
+            connections: settings.connections,
+            size_bytes: 0.into(),
+        };
         let first = target.connect().map_err(|error| failed(&target.uri, error))?;
         let export = first.export;
         target.size_bytes.store(export.size_bytes, Ordering::Relaxed);
@@ -217,7 +222,6 @@ impl BlockBackend for NbdBackend {
         Ok(now)
     }
 }
-
 
 #[cfg(test)]
 mod tests;

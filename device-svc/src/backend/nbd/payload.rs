@@ -201,7 +201,8 @@ impl<'a> Ranges<'a> {
         let mut message = message(self.list);
         // SAFETY: the message names a list of valid ranges: pushed buffers are borrowed for 'a, and segments belong to
         // requests under way. The kernel only reads them, and only during the call.
-        let result = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        let result =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 

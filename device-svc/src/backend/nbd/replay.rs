@@ -175,6 +175,5 @@ impl ReplayLog {
     }
 }
 
-
 #[cfg(test)]
 mod tests;

@@ -188,16 +188,8 @@ impl Table {
     /// Takes a row for a request and lets it wait for its parts. `None` when full.
     pub(super) fn add(&mut self, purpose: Purpose, request: BlockRequest, mark: u64) -> Option<u32> {
         let row = self.free_requests.pop()?;
-        self.requests[row as usize] = Request {
-            purpose,
-            request,
-            issued: 0,
-            parts: 0,
-            fault: None,
-            reserved: false,
-            flush_after: false,
-            mark,
-        };
+        self.requests[row as usize] =
+            Request { purpose, request, issued: 0, parts: 0, fault: None, reserved: false, flush_after: false, mark };
         self.in_flight += usize::from(purpose == Purpose::Lane);
         self.waiting.push_back(row);
         Some(row)
@@ -266,7 +258,6 @@ impl Table {
         }
     }
 }
-
 
 #[cfg(test)]
 mod tests;

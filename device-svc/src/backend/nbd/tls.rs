@@ -55,7 +55,8 @@ impl Tls {
         let config = match &settings.identity {
             None => builder.with_no_client_auth(),
             Some((chain, key)) => {
-                let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{}: {error}", key.display()))?;
+                let secret =
+                    PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{}: {error}", key.display()))?;
                 builder
                     .with_client_auth_cert(certificates(chain)?, secret)
                     .map_err(|error| format!("{}: {error}", chain.display()))?

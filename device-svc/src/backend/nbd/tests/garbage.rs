@@ -151,7 +151,12 @@ fn thousands_of_random_replies_do_no_harm() {
                 let offset = (seen.offset + (seed >> 40) % 64 * 512).to_be_bytes();
                 let data = vec![9; (seed >> 33) as usize % 1024];
                 match (seed >> 60) % 8 {
-                    0 => bytes.extend(chunk(seen.cookie, false, wire::CHUNK_ERROR_BIT | 3, &[&[0, 0, 0, 5, 0, 0], &data])),
+                    0 => bytes.extend(chunk(
+                        seen.cookie,
+                        false,
+                        wire::CHUNK_ERROR_BIT | 3,
+                        &[&[0, 0, 0, 5, 0, 0], &data],
+                    )),
                     1 => bytes.extend(chunk(seen.cookie, false, wire::CHUNK_OFFSET_DATA, &[&offset, &data])),
                     _ => bytes.extend(chunk(seen.cookie, false, wire::CHUNK_OFFSET_HOLE, &[&offset, &[0, 0, 2, 0]])),
                 }

@@ -47,7 +47,8 @@ fn every_way_to_shake_hands_leads_to_a_disk() {
                 lane.run(BlockOperation::Flush, 0, 0).unwrap();
                 assert_eq!(lane.read(1024, 512).unwrap(), [0; 512]);
                 assert_eq!(fake.durable()[512..1024], data[..512]);
-                let zeroes = fake.seen().iter().find(|seen| seen.command == wire::COMMAND_WRITE_ZEROES).copied().unwrap();
+                let zeroes =
+                    fake.seen().iter().find(|seen| seen.command == wire::COMMAND_WRITE_ZEROES).copied().unwrap();
                 assert_eq!(zeroes.flags, wire::COMMAND_FLAG_NO_HOLE);
             }
         }
