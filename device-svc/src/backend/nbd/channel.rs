@@ -465,6 +465,7 @@ impl BlockChannel for NbdChannel {
     }
 
     fn poll(&mut self, now: Moment, completions: &mut Vec<Completion>) {
+        self.silence();
         if self.state == State::Away {
             let Some(list) = self.bridge.take() else { return };
             if let Err(error) = self.adopt(list, now) {
@@ -472,7 +473,6 @@ impl BlockChannel for NbdChannel {
                 return;
             }
         }
-        self.silence();
         if let Err(loss) = self.turn(now, completions) {
             self.lose(&loss, now, completions);
         }

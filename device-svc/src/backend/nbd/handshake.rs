@@ -247,6 +247,9 @@ fn export(size_bytes: u64, flags: u16, sizes: Option<[u32; 3]>, structured: bool
     })
 }
 
+/// Gets the type and the content of a reply that does not end its option.
+type TakeReply<'a> = dyn FnMut(u32, &[u8]) -> Result<(), ProtocolError> + 'a;
+
 enum Answer {
     Acknowledged,
     Error { code: u32, text: String },
@@ -267,7 +270,7 @@ fn option<S: Read + Write>(
     stream: &mut S,
     option: u32,
     data: &[u8],
-    take: &mut dyn FnMut(u32, &[u8]) -> Result<(), ProtocolError>,
+    take: &mut TakeReply<'_>,
 ) -> Result<Answer, HandshakeError> {
     send_option(stream, option, data)?;
     for _ in 0..OPTION_REPLIES_MAX {

@@ -160,7 +160,8 @@ impl Table {
             place: Place::new(crate::backend::Segments::NONE, 0),
             sent: false,
             error: 0,
-            arrived: Vec::new(),
+            // Enough for nearly every reply; it keeps what it grows to.
+            arrived: Vec::with_capacity(4),
             generation: 0,
             busy: false,
         };

@@ -112,8 +112,12 @@ impl Fake {
                     (disk.life, disk.manner.clone())
                 };
                 let disk = Arc::clone(&theirs);
-                // Its end, by whatever error, is the end of a connection.
-                std::thread::spawn(move || drop(serve(&disk, socket, life, &manner)));
+                let end = socket.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    // However it ends, it is the end of a connection, of which `sockets` holds a duplicate.
+                    drop(serve(&disk, socket, life, &manner));
+                    drop(end.shutdown(std::net::Shutdown::Both));
+                });
             }
         });
         Self { disk, closing, path, _folder: folder }
