@@ -1,1 +1,65 @@
-//! End-to-end tests.
+//! End-to-end tests: the built programs under real clients, real servers and real guests, seen from outside.
+//!
+//! The tests find the built programs in `$DRAY_BIN` and the real parts in `$DRAY_RIG`; `tests/run` sets both. Without a rig they
+//! say that they are skipped, and only `tests/run --no-rig` does without.
+
+mod card;
+mod process;
+
+pub use card::{Card, CardSettings};
+pub use process::{Process, wait_for};
+
+use std::path::PathBuf;
+
+/// The folder of the rig, or `None` where the tests were told to do without one.
+///
+/// # Panics
+/// When there is neither a rig nor word that there shall be none: a test must not pass because it did nothing.
+#[must_use]
+pub fn rig() -> Option<PathBuf> {
+    if std::env::var_os("DRAY_NO_RIG").is_some() {
+        eprintln!("skipped: no rig");
+        return None;
+    }
+    let rig = std::env::var_os("DRAY_RIG").map(PathBuf::from).or_else(|| {
+        let home = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+        Some(home.join("dray/rig"))
+    });
+    match rig {
+        Some(rig) if rig.join("bin/fio").exists() => Some(rig),
+        _ => panic!("there is no rig: run tests/rig/make, or tests/run --no-rig"),
+    }
+}
+
+/// How often a loop shall run: by default, in CI, by hand.
+#[must_use]
+pub fn rounds(default: u32, ci: u32, long: u32) -> u32 {
+    if std::env::var_os("DRAY_TEST_LONG").is_some() {
+        long
+    } else if std::env::var_os("DRAY_TEST_CI").is_some() {
+        ci
+    } else {
+        default
+    }
+}
+
+/// A built program.
+///
+/// # Panics
+/// When it is not built.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    let folder = std::env::var_os("DRAY_BIN").map_or_else(
+        || {
+            // target/debug/deps/test-… → target/release
+            let test = std::env::current_exe().expect("a test is a program");
+            test.ancestors().nth(3).expect("tests are built in target/PROFILE/deps").join("release")
+        },
+        PathBuf::from,
+    );
+    let program = folder.join(name);
+    assert!(program.exists(), "{} is not built: cargo build --release", program.display());
+    program
+}

@@ -262,12 +262,12 @@ impl Rows {
             "a length that is not that of its segments"
         );
         let mut bounce = None;
-        if let Some(direct) = self.direct {
-            if !is_aligned(direct, &request) {
-                bounce = self.bounce.get_or_insert_with(Bounce::new).take();
-                if bounce.is_none() {
-                    return Err(request);
-                }
+        if let Some(direct) = self.direct
+            && !is_aligned(direct, &request)
+        {
+            bounce = self.bounce.get_or_insert_with(Bounce::new).take();
+            if bounce.is_none() {
+                return Err(request);
             }
         }
         let zeroing = match request.operation {
@@ -373,7 +373,7 @@ impl Rows {
         if request.operation == BlockOperation::Read {
             // Nothing more, or an end inside a block: the end of a file that is shorter than the volume. It reads as
             // zeroes, as the hole there would.
-            if bytes == 0 || done % block_bytes != 0 {
+            if bytes == 0 || !done.is_multiple_of(block_bytes) {
                 // SAFETY: the request is under way.
                 unsafe { bounce::clear(request.segments.as_slice(), done) };
                 return Next::End(Ok(()));

@@ -200,7 +200,7 @@ impl OpenFile {
                 .map_err(|error| fault(&self.path, &error, "size unknown"))?
         } else if self.read_only {
             return Err(refused(&self.path, "is read-only and keeps its size"));
-        } else if size_bytes == 0 || size_bytes % u64::from(FILE_BLOCK_BYTES) != 0 {
+        } else if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(FILE_BLOCK_BYTES)) {
             return Err(refused(
                 &self.path,
                 format_args!("cannot have {size_bytes} bytes: give a multiple of {FILE_BLOCK_BYTES}, not 0"),

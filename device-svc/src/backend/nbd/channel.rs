@@ -175,10 +175,10 @@ impl NbdChannel {
             if request.purpose == Purpose::Free {
                 continue;
             }
-            if request.reserved {
-                if let Some(log) = &mut self.log {
-                    log.release(request.request.operation, request.request.length);
-                }
+            if request.reserved
+                && let Some(log) = &mut self.log
+            {
+                log.release(request.request.operation, request.request.length);
             }
             if request.purpose == Purpose::Lane {
                 completions.push(Completion { tag: request.request.tag, result: Err(BlockFault::Away) });

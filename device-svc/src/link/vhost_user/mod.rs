@@ -5,13 +5,15 @@
 //!        └► session.rs      one front end's conversation: messages in, answers out
 //!             ├► regions.rs the memory that it shares
 //!             ├► ring.rs    each ring's parameters, and when it runs
-//!             └► port.rs    doorbell and interrupt of a running ring
+//!             ├► port.rs    doorbell and interrupt of a running ring
+//!             └► channel.rs what the card tells the front end
 //! ```
 //!
 //! A connection's messages are read on a thread of its own, so half a message stalls nobody. Framing is the `vhost` crate's; a
 //! message that breaks the protocol ends the connection, never the service. `VIRTIO_F_ACCESS_PLATFORM` is not offered on this
 //! link, so there are no IOTLB messages: rings and buffers are named by guest-physical addresses.
 
+mod channel;
 mod client;
 mod port;
 mod regions;

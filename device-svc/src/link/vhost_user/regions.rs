@@ -4,7 +4,6 @@
 //! it is in its file.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use crate::address::{FrontEndAddress, Iova};
@@ -98,10 +97,7 @@ impl Regions {
 fn page_bytes_of(file: &File) -> u64 {
     const HUGETLBFS: i64 = 0x9584_58f6;
     match nix::sys::statfs::fstatfs(file) {
-        Ok(stat) if i64::from(stat.filesystem_type().0) == HUGETLBFS => stat.block_size() as u64,
-        _ => {
-            let _ = file.as_raw_fd();
-            4096
-        }
+        Ok(stat) if stat.filesystem_type().0 == HUGETLBFS => stat.block_size() as u64,
+        _ => 4096,
     }
 }

@@ -12,10 +12,9 @@ use vhost::vhost_user::message::{
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserFrontendReqHandler,
-};
+use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use super::channel::Channel;
 use super::port::Event;
 use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
@@ -29,14 +28,14 @@ const CONFIG_BYTES_MAX: u32 = 256;
 /// What the function can tell this front end.
 #[derive(Default)]
 struct Events {
-    channel: Mutex<Option<Backend>>,
+    channel: Mutex<Option<Channel>>,
     errors: Mutex<Vec<Option<Event>>>,
 }
 
 impl HostEvents for Events {
     fn config_changed(&self) {
         if let Some(channel) = &*self.channel.lock().unwrap_or_else(PoisonError::into_inner)
-            && let Err(error) = channel.handle_config_change()
+            && let Err(error) = channel.config_changed()
         {
             tracing::debug!(%error, "the front end took no configuration change");
         }
@@ -76,15 +75,19 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
     let session = Session {
         name: name.to_owned(),
         function: Arc::clone(function),
-        events,
+        events: Arc::clone(&events),
         regions: Regions::default(),
         rings: std::iter::repeat_with(Ring::default).take(rings).collect(),
         accepted: 0,
         protocol: false,
     };
     tracing::info!(function = name, "a front end is attached");
+    let peeked = stream.try_clone();
     let mut requests = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(session)));
     let end = loop {
+        if let Some(channel) = peeked.as_ref().ok().and_then(Channel::peek) {
+            *events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        }
         match requests.handle_request() {
             Ok(()) => {}
             // Refused, and the front end was told so.
@@ -345,8 +348,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.function.write_config(offset, data).map_err(|why| self.refuse("a write to the configuration", why))
     }
 
-    fn set_backend_req_fd(&mut self, channel: Backend) {
-        *self.events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+    fn set_backend_req_fd(&mut self, _channel: Backend) {
+        // Taken when the message was peeked at; the crate's own handle cannot say what there is to say.
     }
 
     // What follows belongs to features that are not offered; a front end that asks all the same is refused.

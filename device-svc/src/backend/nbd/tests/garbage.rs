@@ -109,13 +109,13 @@ fn thousands_of_handshakes_with_garbage_end_in_an_error() {
                 let length = [0, 12, 14, random.next_u32() % 64, random.next_u32()][random.next_u32() as usize % 5];
                 bytes.extend_from_slice(&length.to_be_bytes());
                 for _ in 0..length.min(64) {
-                    bytes.push(if random.next_u32() % 2 == 0 { 0 } else { random.next_u32() as u8 });
+                    bytes.push(if random.next_u32().is_multiple_of(2) { 0 } else { random.next_u32() as u8 });
                 }
             }
             let keep = random.next_u32() as usize % (bytes.len() + 1);
-            if random.next_u32() % 3 == 0 {
+            if random.next_u32().is_multiple_of(3) {
                 bytes.truncate(keep);
-            } else if random.next_u32() % 2 == 0 {
+            } else if random.next_u32().is_multiple_of(2) {
                 let at = random.next_u32() as usize % bytes.len();
                 bytes[at] ^= 1 << (random.next_u32() % 8);
             }

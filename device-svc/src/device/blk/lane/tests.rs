@@ -1,9 +1,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 //! One lane, driven turn by turn in one thread, with a guest on the other side of its memory.
 
+mod simulation;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
+use crate::address::Iova;
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BlockBackend, Completion};
 use crate::device::blk::BlkSettings;
@@ -213,7 +216,7 @@ fn what_cannot_be_done_is_refused_with_a_status() {
     let unsupported = 2;
     for mut bed in beds() {
         let end = VOLUME_BYTES / 512;
-        let cases: [(u32, u64, Option<(u32, bool)>, u8); 9] = [
+        let cases = [
             (0, end, Some((512, true)), io_error),
             (0, u64::MAX, Some((512, true)), io_error),
             (1, end - 1, Some((1024, false)), io_error),

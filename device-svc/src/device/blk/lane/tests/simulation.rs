@@ -4,9 +4,9 @@
 //! a queue that stops and goes on, memory tables that are replaced. Every request ends exactly once, every read sees what was
 //! written, and at the end the disk is what the guest thinks it is.
 
-use super::tests::{CountingPort, Faults};
-use super::*;
-use crate::backend::{BlockInfo, Completion};
+use super::super::*;
+use super::{CountingPort, Faults};
+use crate::backend::{BlockInfo, BlockOperation, BlockRequest, Completion};
 use crate::device::blk::BlkSettings;
 use crate::dma::{CopyEngine, DelayedEngine, Mapping, Region};
 use crate::driver::block::{BlockQueue, Range as DriverRange};

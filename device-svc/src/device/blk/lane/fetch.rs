@@ -1,0 +1,157 @@
+//! The first part of a lane's pipeline: from a popped chain to a request that is understood.
+
+use super::super::request::{HEADER_BYTES, Header, ID_BYTES, Request, Status};
+use super::super::row::{Row, Stage};
+use super::{BlkLane, Doorbell, ROW_BYTES, ROW_ID_AT};
+use crate::address::{CardAddress, Iova};
+use crate::clock::Moment;
+use crate::device::QueueFault;
+use crate::dma::DmaEngine;
+use crate::mirror::Fetched;
+use crate::virtqueue::{Chain, Segment};
+
+impl<E: DmaEngine> BlkLane<E> {
+    /// Pops what is there, as far as rows are free, and asks for the headers.
+    #[inline]
+    pub(super) fn fetch(&mut self, now: Moment) -> Result<bool, QueueFault> {
+        let budget = self.rows.free_count();
+        let Self { mirror, rows, landing, order, row_memory, in_order, sequence, .. } = self;
+        let mut bad = None;
+        let first_new = landing.len();
+        let fetched = mirror.fetch(budget, |engine, chain| {
+            let number = rows.take();
+            let row = &mut rows[number];
+            row.stage = Stage::Header;
+            if let Err(fault) = split_chain(row, chain, engine, row_memory.add(u32::from(number) * ROW_BYTES)) {
+                bad.get_or_insert(fault);
+                rows.give_back(number);
+                return;
+            }
+            *sequence += 1;
+            row.sequence = *sequence;
+            row.popped_at = now;
+            landing.push_back(number);
+            if *in_order {
+                order.push_back(number);
+            }
+        });
+        let ticket = self.mirror.engine().submit();
+        for index in first_new..self.landing.len() {
+            self.rows[self.landing[index]].ticket = ticket;
+        }
+        // The chains before a bad one are carried out; the queue stops all the same.
+        let fetched = fetched?;
+        if let Some(fault) = bad {
+            return Err(fault);
+        }
+        if matches!(fetched, Fetched::Chains(_)) && self.doorbell == Doorbell::Armed {
+            self.doorbell = Doorbell::Polled;
+            self.mirror.disarm_doorbell()?;
+        }
+        Ok(fetched != Fetched::Nothing)
+    }
+
+    /// Takes the rows whose copies have landed one stage further.
+    #[inline]
+    pub(super) fn land(&mut self, now: Moment) -> Result<bool, QueueFault> {
+        if self.landing.is_empty() {
+            return Ok(false);
+        }
+        let landed = self.mirror.engine().landed()?;
+        while let Some(&number) = self.landing.front() {
+            if self.rows[number].ticket > landed {
+                break;
+            }
+            self.landing.pop_front();
+            match self.rows[number].stage {
+                Stage::Header => self.decode(now, number)?,
+                Stage::Payload => {
+                    self.rows[number].stage = Stage::Ready;
+                    self.ready.push_back(number);
+                }
+                // Copies of a request that was dropped in the meantime.
+                _ => {}
+            }
+        }
+        Ok(true)
+    }
+
+    /// The header is here: what is asked for?
+    #[inline]
+    pub(super) fn decode(&mut self, now: Moment, number: u16) -> Result<(), QueueFault> {
+        let at = self.row_place(number);
+        let header = self.mirror.engine().card().get::<Header>(at);
+        let row = &mut self.rows[number];
+        row.kind = header.counted_as();
+        match header.parse(&self.shared, row.readable, row.writable) {
+            Ok(request) => row.request = request,
+            Err(status) => return self.end(now, number, status, 0),
+        }
+        match row.request {
+            Request::GetId => {
+                let at = self.row_place(number).add(ROW_ID_AT);
+                self.mirror.engine().card().put(at, self.shared.serial);
+                let copied = self.copy_to_host(number, at, ID_BYTES);
+                self.end(now, number, if copied.is_ok() { Status::Ok } else { Status::IoError }, ID_BYTES)?;
+                copied
+            }
+            Request::Flush if !self.shared.volatile_cache => self.end(now, number, Status::Ok, 0),
+            _ => {
+                self.rows[number].outstanding = 0;
+                self.rows[number].next_range = 0;
+                self.rows[number].flushing = false;
+                self.admit(now, number);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Takes a chain apart into header, data and status, and asks for the header.
+#[inline]
+fn split_chain<E: DmaEngine>(
+    row: &mut Row,
+    chain: Chain<'_>,
+    engine: &mut E,
+    header_at: CardAddress,
+) -> Result<(), QueueFault> {
+    row.id = chain.id;
+    row.slots = chain.slots;
+    row.status = Status::Ok;
+    row.data.clear();
+    row.vectors.clear();
+    if chain.readable_bytes < HEADER_BYTES {
+        return Err(QueueFault::Request("a request has no room for its header"));
+    }
+    if chain.writable_bytes == 0 {
+        return Err(QueueFault::Request("a request has no room for its status"));
+    }
+    let (readable, writable) = chain.segments.split_at(chain.readable);
+    row.readable = chain.readable_bytes - HEADER_BYTES;
+    row.writable = chain.writable_bytes - 1;
+    // The header is the first 16 readable bytes, in however many buffers (virtio 1.3, 2.7.4.1: no framing may be assumed).
+    let mut left = HEADER_BYTES;
+    for segment in readable {
+        let part = segment.length.min(left);
+        if part > 0 {
+            engine.read(segment.address, header_at.add(HEADER_BYTES - left), part)?;
+            left -= part;
+        }
+        if segment.length > part {
+            let address = Iova(segment.address.0.wrapping_add(u64::from(part)));
+            row.data.push(Segment { address, length: segment.length - part });
+        }
+    }
+    // The status is the last writable byte. A request has data one way at most; the other way is refused in `decode`, and
+    // get id alone writes what is here.
+    if let [before @ .., last] = writable {
+        if row.readable == 0 {
+            row.data.extend_from_slice(before);
+            if last.length > 1 {
+                row.data.push(Segment { address: last.address, length: last.length - 1 });
+            }
+        }
+        row.status_at = Iova(last.address.0.wrapping_add(u64::from(last.length) - 1));
+    }
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! A card under test: `device-svc serve` on a configuration of the test's, in a folder of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::Process;
+
+/// A served card. It ends with the test.
+#[derive(Debug)]
+pub struct Card {
+    process: Process,
+    folder: tempfile::TempDir,
+}
+
+/// What a test's card has.
+#[derive(Clone, Debug, Default)]
+pub struct CardSettings {
+    /// The `[[volume]]`, `[[function]]` and further parts of the configuration; `@` stands for the card's folder.
+    pub parts: String,
+    /// `reactors.poll`; adaptive if empty.
+    pub poll: String,
+    /// `reactors.count`; 1 if empty.
+    pub count: String,
+}
+
+impl Card {
+    /// Starts a card and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn start(settings: &CardSettings) -> Self {
+        let folder = tempfile::Builder::new().prefix("dray-test").tempdir().expect("there is a temporary folder");
+        let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
+        let text = format!(
+            "[reactors]\ncount = {}\npoll = \"{}\"\n[control]\nlisten = \"unix:@/card.sock\"\n{}",
+            or(&settings.count, "1"),
+            or(&settings.poll, "adaptive"),
+            settings.parts
+        );
+        let path = folder.path().join("card.toml");
+        std::fs::write(&path, text.replace('@', &folder.path().display().to_string())).expect("the folder is writable");
+        let mut process =
+            Process::start(Command::new(crate::program("device-svc")).arg("serve").arg("--config").arg(&path));
+        process.wait_for_output("ready:");
+        Self { process, folder }
+    }
+
+    /// A path in the card's folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The card's folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The service's process.
+    pub const fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Runs a command of `device-svc` against this card, which must succeed; returns what it said.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn command(&self, arguments: &[&str]) -> String {
+        let control = format!("unix:{}", self.path("card.sock").display());
+        Process::start(Command::new(crate::program("device-svc")).args(arguments).arg("--control").arg(control))
+            .succeed()
+    }
+
+    /// The card's statistics.
+    ///
+    /// # Panics
+    /// When it gives none.
+    #[must_use]
+    pub fn stats(&self) -> serde_json::Value {
+        serde_json::from_str(&self.command(&["stats", "--json"])).expect("statistics are JSON")
+    }
+}

@@ -1,0 +1,133 @@
+//! A program under test: its output is kept, and it never outlives its test.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long anything may take before a test fails: machines are busy, so this is long, and nobody waits for it in vain.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `what` is so.
+///
+/// # Panics
+/// When it is not so after two minutes.
+pub fn wait_for(name: &str, mut what: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < PATIENCE, "waited too long for: {name}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    output: Arc<Mutex<String>>,
+}
+
+impl Process {
+    /// Starts `command`; its output is collected.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start(command: &mut Command) -> Self {
+        let name = format!("{command:?}");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let output = Arc::new(Mutex::new(String::new()));
+        let pipes: [Option<Box<dyn Read + Send>>; 2] = [
+            child.stdout.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
+            child.stderr.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
+        ];
+        for pipe in pipes.into_iter().flatten() {
+            let output = Arc::clone(&output);
+            std::thread::spawn(move || {
+                for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                    let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+                    output.push_str(&String::from_utf8_lossy(&line));
+                    output.push('\n');
+                }
+            });
+        }
+        Self { name, child, output }
+    }
+
+    /// Everything it has said.
+    #[must_use]
+    pub fn output(&self) -> String {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it has said `text`.
+    ///
+    /// # Panics
+    /// When it ends first, or never says so.
+    pub fn wait_for_output(&mut self, text: &str) {
+        let start = Instant::now();
+        while !self.output().contains(text) {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                assert!(self.output().contains(text), "{} ended with {status}:\n{}", self.name, self.output());
+            }
+            assert!(start.elapsed() < PATIENCE, "{} never said {text:?}:\n{}", self.name, self.output());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal);
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end in two minutes.
+    pub fn end(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "{} does not end:\n{}", self.name, self.output());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for its end, which must be a good one; returns what it said.
+    ///
+    /// # Panics
+    /// When it ends badly, or not at all.
+    pub fn succeed(mut self) -> String {
+        let status = self.end();
+        assert!(status.success(), "{} ended with {status}:\n{}", self.name, self.output());
+        self.output()
+    }
+
+    /// Whether it still runs.
+    #[must_use]
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // One that has ended already needs no kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
