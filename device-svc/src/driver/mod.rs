@@ -7,9 +7,12 @@
 //!   queue.rs        one of the two, chosen by a negotiated feature
 //!   block.rs        virtio-blk requests on a queue
 //!   vhost_user.rs   the front end that hands memory and queues to a card
+//!   client.rs       a front end with one queue, kept full; latency.rs: how long its requests took
 //! ```
 
 pub mod block;
+pub mod client;
+pub mod latency;
 mod memory;
 mod packed;
 mod queue;
