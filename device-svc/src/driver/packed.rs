@@ -7,9 +7,7 @@ use super::queue::TABLE_MAX;
 use super::{Buffer, GuestMemory};
 use crate::address::Iova;
 use crate::virtqueue::packed::{AVAIL, EVENT_DISABLE, EVENT_ENABLE, Place, USED};
-use crate::virtqueue::{
-    DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor, PackedDescriptor, QueueAddresses,
-};
+use crate::virtqueue::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, PackedDescriptor, QueueAddresses};
 
 /// Where a descriptor's flags are.
 const FLAGS: u64 = 14;
@@ -81,7 +79,7 @@ impl PackedDriver {
             let table = Iova(tables.0 + u64::from(id) * TABLE_MAX as u64 * 16);
             for (index, buffer) in buffers.iter().enumerate() {
                 let flags = if buffer.writable { DESCRIPTOR_WRITE } else { 0 };
-                let entry = Descriptor { address: buffer.address.0, length: buffer.length, flags, next: 0 };
+                let entry = PackedDescriptor { address: buffer.address.0, length: buffer.length, id: 0, flags };
                 self.memory.put(Iova(table.0 + 16 * index as u64), entry);
             }
             self.put(table.0, 16 * buffers.len() as u32, id, DESCRIPTOR_INDIRECT);

@@ -246,7 +246,11 @@ impl PackedMirror {
                 id = buffer;
                 if let Step::Indirect { .. } = self.walk.step(Descriptor { address, length, flags, next: 0 })? {
                     let card = engine.card();
-                    self.walk.walk_list(found.table_count, |at| card.get(found.table.add(16 * at)))?;
+                    // The table's entries have the ring's layout, flags last (virtio 1.3, 2.8.7).
+                    self.walk.walk_list(found.table_count, |at| {
+                        let entry: PackedDescriptor = card.get(found.table.add(16 * at));
+                        Descriptor { address: entry.address, length: entry.length, flags: entry.flags, next: 0 }
+                    })?;
                 }
                 place = place.advance(1, size);
             }
