@@ -66,6 +66,9 @@ struct Run {
     start: Instant,
 }
 
+/// How a part is measured.
+type Measure = fn(&mut Run) -> Result<()>;
+
 /// The file that is measured; it goes with the run.
 struct Scratch(PathBuf);
 
@@ -106,7 +109,7 @@ pub(crate) fn measure(arguments: &BlkArguments) -> Result<Report> {
     let file = scratch.as_ref().map(|scratch| scratch.0.clone()).unwrap_or_default();
     let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
     let mut run = Run { cpus, pace, folder, file, rows: Vec::new(), start: Instant::now() };
-    let parts: [(Part, fn(&mut Run) -> Result<()>); 9] = [
+    let parts: [(Part, Measure); 9] = [
         (Part::Null, null),
         (Part::File, file_beside_daemon),
         (Part::Fio, file_beside_fio),

@@ -12,6 +12,8 @@ use device_svc::driver::latency::Latencies;
 pub(crate) const SPAN_BYTES: u64 = 256 << 20;
 /// Of each request.
 pub(crate) const REQUEST_BYTES: u32 = 4096;
+/// Entries of the longest queue: qemu-storage-daemon takes 1024.
+pub(crate) const QUEUE_SIZE_MAX: u16 = 512;
 
 /// What a load showed.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +41,7 @@ impl BlockLoad {
 
     /// Runs it, after a short one that warms both sides up.
     pub(crate) fn run(&self, socket: &Path) -> Result<Shown> {
-        let settings = ClientSettings { depth: self.depth, indirect: self.indirect, ..ClientSettings::default() };
-        let mut client = connect(socket, settings)?;
+        let mut client = connect(socket, ClientSettings { indirect: self.indirect, ..settings(self.depth) })?;
         let timed = self.depth == 1;
         let mut load = Load { access: self.access, span_bytes: SPAN_BYTES, duration: self.duration / 10, timed };
         client.run(&load)?;
@@ -50,6 +51,12 @@ impl BlockLoad {
         client.leave()?;
         Ok(Shown { iops: done.iops(), median_ns: done.latencies.at_share(0.5) as f64 })
     }
+}
+
+/// A client's settings for a depth: three descriptors make a request, and all of them fit the queue.
+pub(crate) fn settings(depth: u32) -> ClientSettings {
+    let queue_size = if 3 * depth > 256 { QUEUE_SIZE_MAX } else { 256 };
+    ClientSettings { depth, queue_size, ..ClientSettings::default() }
 }
 
 /// Connects; a server that was woken just now may take a moment.
@@ -62,8 +69,7 @@ pub(crate) fn connect(socket: &Path, settings: ClientSettings) -> Result<Client>
 pub(crate) fn p99_beside(quiet: &Path, noisy: Option<&Path>, duration: Duration) -> Result<f64> {
     const FLOOD: u32 = 128;
     let mut one = connect(quiet, ClientSettings::default())?;
-    let settings = ClientSettings { depth: FLOOD, ..ClientSettings::default() };
-    let mut flood = noisy.map(|socket| connect(socket, settings)).transpose()?;
+    let mut flood = noisy.map(|socket| connect(socket, settings(FLOOD))).transpose()?;
     let mut seed = 1u64;
     let mut sector = move || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -19,6 +19,7 @@ mod points;
 mod report;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -57,9 +58,19 @@ pub(crate) struct BlkArguments {
     only: Vec<blk::Part>,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let Subject::Blk(arguments) = Arguments::parse().subject;
-    let report = blk::measure(&arguments)?;
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &BlkArguments) -> Result<()> {
+    let report = blk::measure(arguments)?;
     print!("{}", report.table());
     if let Some(path) = &arguments.json {
         std::fs::write(path, report.json()).with_context(|| path.display().to_string())?;

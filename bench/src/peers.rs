@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::load::QUEUE_SIZE_MAX;
 use crate::machine::Cpus;
 
 /// A server while it exists.
@@ -60,7 +61,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended already; a stopped process takes SIGKILL all the same.
+        self.wake();
+        self.signal(Signal::SIGTERM);
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -108,7 +115,7 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
         let socket = folder.join(format!("f{number}.sock"));
         text.push_str(&format!(
             "[[volume]]\nname = \"v{number}\"\nbackend = {backend}\n[[function]]\nname = \"f{number}\"\ntype = \"blk\"\n\
-             volume = \"v{number}\"\nqueue-size = 256\nlink = {{ type = \"vhost-user\", socket = \"{}\", payload = \"{}\" }}\n",
+             volume = \"v{number}\"\nqueue-size = {QUEUE_SIZE_MAX}\nlink = {{ type = \"vhost-user\", socket = \"{}\", payload = \"{}\" }}\n",
             socket.display(),
             options.payload
         ));

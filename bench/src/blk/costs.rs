@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use device_svc::driver::client::{Access, Client, ClientSettings, Load};
+use device_svc::driver::client::{Access, Client, Load};
 
 use super::Run;
-use crate::load::{BlockLoad, connect, p99_beside};
+use crate::load::{BlockLoad, connect, p99_beside, settings};
 use crate::machine::{cpu_ns, resident_bytes};
 use crate::peers::{DrayOptions, Server, dray};
 use crate::points::{Values, alternate};
@@ -56,8 +56,7 @@ fn attached(run: &Run, name: &str, poll: &str, count: usize) -> Result<(Server, 
     let server = dray(run.cpus, run.folder.path(), name, &options)?;
     server.wake();
     let clients = (0..count).map(|number| {
-        let settings = ClientSettings { depth: 128, ..ClientSettings::default() };
-        let mut client = connect(&server.socket(number), settings)?;
+        let mut client = connect(&server.socket(number), settings(64))?;
         let duration = Duration::from_millis(5);
         client.run(&Load { access: Access::Read, span_bytes: 1 << 20, duration, timed: false })?;
         Ok(client)
