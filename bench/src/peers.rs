@@ -1,0 +1,178 @@
+//! The servers that are measured: Dray's service and its peers, each pinned to the server's CPU, each stopped (SIGSTOP) while
+//! another is measured, because each of them polls.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::load::QUEUE_SIZE_MAX;
+use crate::machine::Cpus;
+
+/// A server while it exists.
+pub(crate) struct Server {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Server {
+    /// Where function `number`, from 0, is reached.
+    pub(crate) fn socket(&self, number: usize) -> PathBuf {
+        self.folder.join(format!("f{number}.sock"))
+    }
+
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn signal(&self, signal: Signal) {
+        // One that is gone shows itself with the next request.
+        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), signal);
+    }
+
+    /// Lets it run from now on.
+    pub(crate) fn wake(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Lets it run for `work` alone.
+    pub(crate) fn awake<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.wake();
+        let result = work();
+        self.signal(Signal::SIGSTOP);
+        result
+    }
+
+    /// Reads and DMA transactions of Dray's function 0 so far.
+    pub(crate) fn reads_and_transactions(&self) -> Result<(f64, f64)> {
+        let control = format!("unix:{}", self.folder.join("card.sock").display());
+        let output = Command::new(device_svc()?).args(["stats", "--json", "--control", &control]).output()?;
+        let stats: serde_json::Value = serde_json::from_slice(&output.stdout).context("statistics are JSON")?;
+        let figure = |name| stats["functions"][0][name].as_f64().with_context(|| format!("statistics have {name}"));
+        Ok((figure("reads")?, figure("dma-transactions")?))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.wake();
+        self.signal(Signal::SIGTERM);
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Dray's service, beside this program.
+fn device_svc() -> Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name("device-svc");
+    ensure!(path.exists(), "{} is not built: cargo build --release", path.display());
+    Ok(path)
+}
+
+/// A program of the rig.
+pub(crate) fn rig(program: &str) -> Result<PathBuf> {
+    let folder = std::env::var_os("DRAY_RIG").map(PathBuf::from).or_else(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
+        Some(cache?.join("dray/rig"))
+    });
+    let path = folder.context("neither $DRAY_RIG nor $HOME is set")?.join("bin").join(program);
+    ensure!(path.exists(), "{} is not there: run tests/rig/make", path.display());
+    Ok(path)
+}
+
+/// What Dray is started with.
+pub(crate) struct DrayOptions<'a> {
+    /// `reactors.poll`.
+    pub(crate) poll: &'a str,
+    /// `payload` of each link.
+    pub(crate) payload: &'a str,
+    /// A backend for each function, as the configuration writes it.
+    pub(crate) backends: Vec<String>,
+}
+
+/// Starts Dray's service in a folder of its own below `parent`.
+pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<'_>) -> Result<Server> {
+    let folder = parent.join(name);
+    std::fs::create_dir(&folder)?;
+    let mut text = format!(
+        "[reactors]\ncount = 1\npoll = \"{}\"\n[control]\nlisten = \"unix:{}\"\n",
+        options.poll,
+        folder.join("card.sock").display()
+    );
+    for (number, backend) in options.backends.iter().enumerate() {
+        let socket = folder.join(format!("f{number}.sock"));
+        text.push_str(&format!(
+            "[[volume]]\nname = \"v{number}\"\nbackend = {backend}\n[[function]]\nname = \"f{number}\"\ntype = \"blk\"\n\
+             volume = \"v{number}\"\nqueue-size = {QUEUE_SIZE_MAX}\nlink = {{ type = \"vhost-user\", socket = \"{}\", payload = \"{}\" }}\n",
+            socket.display(),
+            options.payload
+        ));
+    }
+    let configuration = folder.join("card.toml");
+    std::fs::write(&configuration, text)?;
+    let mut command = Command::new(device_svc()?);
+    command.arg("serve").arg("--config").arg(configuration).env("RUST_LOG", "error").stdout(Stdio::piped());
+    let mut child = cpus.on_server(|| command.spawn()).context("start device-svc")?;
+    let output = child.stdout.take().context("its output is piped")?;
+    let server = Server { child, folder };
+    let mut line = String::new();
+    BufReader::new(output).read_line(&mut line)?;
+    ensure!(line.starts_with("ready:"), "device-svc did not start");
+    server.signal(Signal::SIGSTOP);
+    Ok(server)
+}
+
+/// Starts qemu-storage-daemon with this block device, exported by an I/O thread that polls.
+pub(crate) fn storage_daemon(cpus: Cpus, parent: &Path, name: &str, device: &str) -> Result<Server> {
+    let folder = parent.join(name);
+    std::fs::create_dir(&folder)?;
+    let socket = folder.join("f0.sock");
+    let export = format!(
+        "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,iothread=io,num-queues=1",
+        socket.display()
+    );
+    let mut command = Command::new(rig("qemu-storage-daemon")?);
+    command.args(["--object", "iothread,id=io,poll-max-ns=1000000000"]);
+    command.args(["--blockdev", &format!("{device},node-name=disk"), "--export", &export]);
+    let child = cpus.on_server(|| command.spawn()).context("start qemu-storage-daemon")?;
+    let mut server = Server { child, folder };
+    let start = Instant::now();
+    while UnixStream::connect(&socket).is_err() {
+        if let Some(status) = server.child.try_wait()? {
+            bail!("qemu-storage-daemon ended: {status}");
+        }
+        ensure!(start.elapsed() < Duration::from_secs(20), "qemu-storage-daemon does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    server.signal(Signal::SIGSTOP);
+    Ok(server)
+}
+
+/// Runs fio on the CPU of this thread, 4 KiB random reads at a depth; returns its requests per second.
+pub(crate) fn fio_iops(depth: u32, seconds: u64, arguments: &[String]) -> Result<f64> {
+    let output = Command::new(rig("fio")?)
+        .args(["--name=bench", "--rw=randread", "--bs=4k", "--norandommap=1", "--randrepeat=0", "--time_based"])
+        .args(["--output-format=json", "--gtod_reduce=1", "--size=256m"])
+        .arg(format!("--iodepth={depth}"))
+        .arg(format!("--runtime={seconds}"))
+        .args(arguments)
+        .output()?;
+    ensure!(output.status.success(), "fio: {}", String::from_utf8_lossy(&output.stderr));
+    // It may say something before.
+    let text = String::from_utf8_lossy(&output.stdout);
+    let begin = text.find('{').context("fio says JSON")?;
+    let said: serde_json::Value = serde_json::from_str(&text[begin..]).context("fio says JSON")?;
+    said["jobs"][0]["read"]["iops"].as_f64().context("fio says its IOPS")
+}
