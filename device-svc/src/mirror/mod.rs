@@ -22,7 +22,7 @@ use crate::virtqueue::{Chain, QueueAddresses, RingFault, features};
 
 /// The most chains fetched in one turn: large enough to share the cost of a batch's fixed copies, small enough that a
 /// flooding queue does not hold up its neighbours on the reactor.
-pub const FETCH_MAX: u16 = 32;
+pub const FETCH_MAX: u16 = 16;
 
 /// Why a queue cannot go on. All are the guest's or its memory's fault, but for a failed copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

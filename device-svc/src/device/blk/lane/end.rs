@@ -70,7 +70,7 @@ impl<E: DmaEngine> BlkLane<E> {
         engine.card().put(at, status as u8);
         let result = engine.write(at, row.status_at, 1);
         if self.in_order {
-            while let Some(&first) = self.order.front() {
+            while let Some(first) = self.order.front() {
                 if self.rows[first].stage != Stage::Done {
                     break;
                 }
@@ -168,7 +168,7 @@ impl<E: DmaEngine> BlkLane<E> {
     /// Ends requests that wait for a server that has been away for longer than the volume's time limit.
     #[cold]
     pub(super) fn expire(&mut self, now: Moment) -> Result<(), QueueFault> {
-        while let Some(&number) = self.ready.front() {
+        while let Some(number) = self.ready.front() {
             if now < self.rows[number].popped_at.after(self.shared.io_timeout) || self.rows[number].outstanding > 0 {
                 break;
             }
