@@ -9,10 +9,10 @@
 #![expect(unsafe_code, reason = "copies between a VM's memory and the card's")]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::{
-    CardMemory, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Ticket, Unmapped, prefetch_read,
+    CardMemory, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Ticket, Unmapped, full_barrier, prefetch_read,
     prefetch_write,
 };
 use crate::address::{CardAddress, Iova};
@@ -286,7 +286,7 @@ impl DmaEngine for CopyEngine {
     #[inline]
     fn order(&mut self) {
         // Store of ours against load of theirs: only a full fence keeps these two apart, on x86 too.
-        fence(Ordering::SeqCst);
+        full_barrier();
     }
 
     #[inline]
@@ -326,7 +326,7 @@ impl DmaEngine for CopyEngine {
                 Ok(())
             }
             _ => self.runs(from, u64::from(length), |_, host, _, run| {
-                out.push(libc::iovec { iov_base: host.cast(), iov_len: run as usize });
+                out.push(libc::iovec { iov_base: host.cast(), iov_len: run });
             }),
         }
     }

@@ -10,21 +10,21 @@
 //! An engine is asynchronous: a copy is queued, submitted, and lands later; copies land in the order in which they were
 //! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), they have landed when `submit` returns.
 
+mod cache;
 mod card;
 mod copy_engine;
 #[cfg(test)]
 mod delayed;
 mod guard;
 mod memory;
-mod prefetch;
 
+pub use cache::{full_barrier, prefetch_read, prefetch_write};
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
 #[cfg(test)]
 pub use delayed::DelayedEngine;
 pub use guard::install as install_bus_fault_guard;
 pub use memory::{HostMemory, Mapping, MemoryError, Region};
-pub use prefetch::{prefetch_read, prefetch_write};
 
 use std::sync::Arc;
 

@@ -4,12 +4,12 @@
 //! together lies together in the table.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use super::queue::TABLE_MAX;
 use super::{Buffer, GuestMemory};
 use crate::address::Iova;
-use crate::dma::{prefetch_read, prefetch_write};
+use crate::dma::{full_barrier, prefetch_read, prefetch_write};
 use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, SplitRing, avail_bytes, passes_event, table_bytes, used_bytes};
 use crate::virtqueue::{
     DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor, QueueAddresses, UsedElement,
@@ -129,7 +129,7 @@ impl SplitDriver {
         // Release: who sees the index sees the entries and descriptors.
         self.memory.word(self.places.avail_index_at()).store(self.next_avail, Ordering::Release);
         // Our index against the device's wish for a doorbell (virtio 1.3, 2.7.13.4.1).
-        fence(Ordering::SeqCst);
+        full_barrier();
         if self.event_index {
             let event = self.memory.word(self.places.avail_event_at()).load(Ordering::Relaxed);
             passes_event(event, old, self.next_avail)
@@ -197,7 +197,7 @@ impl SplitDriver {
             self.memory.word(self.places.avail_flags_at()).store(flags, Ordering::Relaxed);
         }
         // Our wish against the device's index.
-        fence(Ordering::SeqCst);
+        full_barrier();
         self.seen_used = self.memory.word(self.places.used_index_at()).load(Ordering::Acquire);
         want && self.seen_used != self.next_used
     }

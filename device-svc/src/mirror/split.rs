@@ -8,7 +8,7 @@ use super::{Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
-use crate::mirror::{CardLayout, FETCH_MAX};
+use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
 use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, Run, SplitRing, passes_event};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX, Step,
@@ -168,7 +168,7 @@ impl SplitMirror {
                     // What is known to wait is taken first; the index is read again only when that is used up, which also
                     // keeps the line of the driver's index with the driver.
                     if self.ring.known_available() > 0 {
-                        let count = self.ring.known_available().min(budget);
+                        let count = batch_of(self.ring.known_available(), budget);
                         self.fetching = Fetching::Entries(self.request_entries(engine, count)?, count);
                     } else {
                         engine.read_index(self.ring.avail_index_at(), self.places.avail_index)?;

@@ -50,7 +50,7 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     /// Takes the rows whose copies have landed one stage further.
-    #[inline]
+    #[inline(always)]
     pub(super) fn land(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         if self.landing.is_empty() {
             return Ok(false);
@@ -61,10 +61,11 @@ impl<E: DmaEngine> BlkLane<E> {
                 break;
             }
             self.landing.pop_front();
-            match self.rows[number].stage {
+            let row = &mut self.rows[number];
+            match row.stage {
                 Stage::Header => self.decode(now, number, channel)?,
                 Stage::Payload => {
-                    self.rows[number].stage = Stage::Ready;
+                    row.stage = Stage::Ready;
                     self.ready.push_back(number);
                 }
                 // Copies of a request that was dropped in the meantime.
@@ -75,13 +76,8 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     /// The header is here: what is asked for?
-    #[inline]
-    pub(super) fn decode(
-        &mut self,
-        now: Moment,
-        number: u16,
-        channel: &mut dyn BlockChannel,
-    ) -> Result<(), QueueFault> {
+    #[inline(always)]
+    fn decode(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<(), QueueFault> {
         let at = self.row_place(number);
         let header = self.mirror.engine().card().get::<Header>(at);
         let row = &mut self.rows[number];
@@ -90,6 +86,7 @@ impl<E: DmaEngine> BlkLane<E> {
             Ok(request) => row.request = request,
             Err(status) => return self.end(now, number, status, 0),
         }
+        (row.outstanding, row.next_range, row.flushing) = (0, 0, false);
         match row.request {
             Request::GetId => {
                 let at = self.row_place(number).add(ROW_ID_AT);
@@ -99,12 +96,7 @@ impl<E: DmaEngine> BlkLane<E> {
                 copied
             }
             Request::Flush if !self.shared.volatile_cache => self.end(now, number, Status::Ok, 0),
-            _ => {
-                self.rows[number].outstanding = 0;
-                self.rows[number].next_range = 0;
-                self.rows[number].flushing = false;
-                self.admit(now, number, channel)
-            }
+            _ => self.admit(now, number, channel),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::dma::{Direction, DmaEngine};
 impl<E: DmaEngine> BlkLane<E> {
     /// Lets a request through its limits, or puts it in their queue; what came through goes to the channel at once where
     /// nothing waits before it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn admit(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<(), QueueFault> {
         if self.limited
             && let Some((way, bytes)) = cost(&self.rows[number])
