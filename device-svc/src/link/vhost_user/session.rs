@@ -135,7 +135,8 @@ impl Session {
 
     /// Runs a ring if it is to run, stops it if not; anew if `changed`.
     fn settle(&mut self, number: u16, changed: bool) -> Result<()> {
-        let (wanted, running) = (self.rings[usize::from(number)].is_wanted(), self.rings[usize::from(number)].running);
+        let ring = &self.rings[usize::from(number)];
+        let (wanted, running) = (ring.is_wanted(), ring.running);
         if running && (!wanted || changed) {
             self.halt(number);
         }
@@ -149,10 +150,25 @@ impl Session {
         Ok(())
     }
 
-    fn use_regions(&mut self, regions: Regions) {
+    /// Goes over to another table. A ring that it moves or takes away stops first: a front end changes a region by removing it
+    /// and adding it again, and the card polls in between. It goes on when its memory is there.
+    fn use_regions(&mut self, regions: Regions) -> Result<()> {
+        for number in 0..self.rings.len() as u16 {
+            let ring = &self.rings[usize::from(number)];
+            if ring.running && ring.places(&regions) != ring.places(&self.regions) {
+                self.halt(number);
+            }
+        }
         self.regions = regions;
         // Returns when no queue touches what is gone; then the old table's mappings go with its last owner.
         self.function.set_memory(Arc::clone(self.regions.memory()));
+        for number in 0..self.rings.len() as u16 {
+            let ring = &self.rings[usize::from(number)];
+            if !ring.running && ring.places(&self.regions).is_some() {
+                self.settle(number, false)?;
+            }
+        }
+        Ok(())
     }
 
     fn forget(&mut self) {
@@ -233,7 +249,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             file_offset: region.mmap_offset,
         });
         let table = Regions::new(slots.zip(files)).map_err(|why| self.refuse("a memory table", why))?;
-        self.use_regions(table);
+        self.use_regions(table)?;
         Ok(None)
     }
 
@@ -248,14 +264,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
         let table = self.regions.with(slot_of(region), &file).map_err(|why| self.refuse("a memory region", why))?;
-        self.use_regions(table);
+        self.use_regions(table)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let table = self.regions.without(slot_of(region)).map_err(|why| self.refuse("removing memory", why))?;
-        self.use_regions(table);
-        Ok(())
+        self.use_regions(table)
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
