@@ -129,6 +129,7 @@ impl Session {
         if std::mem::take(&mut ring.running)
             && let Some(position) = self.function.stop_queue(number)
         {
+            tracing::debug!(function = %self.name, ring = number, ?position, "a ring has stopped");
             self.rings[usize::from(number)].position = Some(position);
         }
     }
@@ -144,6 +145,7 @@ impl Session {
             let start = self.rings[usize::from(number)]
                 .start(number, &self.regions, self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
                 .map_err(|why| self.refuse("a ring cannot start", why))?;
+            tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
             self.function.start_queue(start).map_err(|why| self.refuse("a ring cannot start", why))?;
             self.rings[usize::from(number)].running = true;
         }
@@ -160,6 +162,7 @@ impl Session {
             }
         }
         self.regions = regions;
+        tracing::debug!(function = %self.name, regions = self.regions.memory().regions().len(), "the memory has changed");
         // Returns when no queue touches what is gone; then the old table's mappings go with its last owner.
         self.function.set_memory(Arc::clone(self.regions.memory()));
         for number in 0..self.rings.len() as u16 {
