@@ -17,26 +17,51 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`: no body, no reply wanted, protocol version 1.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
+/// `VHOST_USER_NEED_REPLY_MASK`.
+const NEED_REPLY: u32 = 1 << 3;
+
+/// What a message says about itself before it is read.
+#[derive(Debug)]
+pub(super) struct Peeked {
+    /// Whether the front end waits to hear how it went.
+    pub(super) wants_reply: bool,
+    /// The channel that it hands over.
+    pub(super) channel: Option<Channel>,
+}
+
+impl Default for Peeked {
+    /// Of a header that comes in pieces nothing is known; its front end gets the benefit of the doubt.
+    fn default() -> Self {
+        Self { wants_reply: true, channel: None }
+    }
+}
+
+impl Peeked {
+    /// Waits for the next message, which stays to be read.
+    pub(super) fn wait_for(stream: &UnixStream) -> Self {
+        let mut header = [0; HEADER_BYTES];
+        // Without room for descriptors none is made.
+        if recv(stream.as_raw_fd(), &mut header, MsgFlags::MSG_PEEK) != Ok(HEADER_BYTES) {
+            return Self::default();
+        }
+        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let channel = (word(0) == SET_BACKEND_REQ_FD).then(|| Channel::peek(stream)).flatten();
+        Self { wants_reply: word(4) & NEED_REPLY != 0, channel }
+    }
+}
+
 /// The channel to a front end.
 #[derive(Debug)]
 pub(super) struct Channel(OwnedFd);
 
 impl Channel {
-    /// Waits for the next message; if it hands over a channel, takes a second descriptor of it. The message stays to be read.
-    pub(super) fn peek(stream: &UnixStream) -> Option<Self> {
-        let fd = stream.as_raw_fd();
+    /// Takes a second descriptor of the channel that the next message hands over.
+    fn peek(stream: &UnixStream) -> Option<Self> {
         let mut header = [0; HEADER_BYTES];
-        // Without room for descriptors none is made.
-        if recv(fd, &mut header, MsgFlags::MSG_PEEK) != Ok(HEADER_BYTES) {
-            return None;
-        }
-        if u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) != SET_BACKEND_REQ_FD {
-            return None;
-        }
         let mut parts = [IoSliceMut::new(&mut header)];
         let mut space = nix::cmsg_space!([i32; 1]);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let message = recvmsg::<()>(fd, &mut parts, Some(&mut space), flags).ok()?;
+        let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags).ok()?;
         let mut channel = None;
         for control in message.cmsgs().ok()? {
             if let ControlMessageOwned::ScmRights(fds) = control {

@@ -50,13 +50,14 @@ impl Regions {
         // The offset need not be a multiple of the page size (of a huge page, say): the mapping starts before it.
         let alignment = page_bytes_of(file);
         let skip = slot.file_offset % alignment;
-        let length = slot.length.checked_add(skip).and_then(|length| length.checked_next_multiple_of(alignment));
-        let end = slot.file_offset.checked_add(slot.length).ok_or(bad)?;
+        let start = slot.file_offset - skip;
+        let Some(length) = slot.length.checked_add(skip) else { return Err(bad) };
         // Rounding up must not ask for more than the file has.
-        let whole = length.ok_or(MemoryError::BadRange { start: slot.guest, length: slot.length })?;
         let has = file.metadata().map_or(u64::MAX, |metadata| metadata.len());
-        let length = if slot.file_offset - skip + whole <= has { whole } else { end - (slot.file_offset - skip) };
-        let mapping = Arc::new(Mapping::new(file, slot.file_offset - skip, length)?);
+        let whole = length.checked_next_multiple_of(alignment);
+        let fits = |whole: &u64| start.checked_add(*whole).is_some_and(|end| end <= has);
+        let length = whole.filter(fits).unwrap_or(length);
+        let mapping = Arc::new(Mapping::new(file, start, length)?);
         let region = Region::new(slot.guest, slot.length, mapping, skip as usize)?;
         let memory = Arc::new(self.memory.with(region)?);
         let mut slots = self.slots.clone();

@@ -1,9 +1,12 @@
 //! One front end's conversation, from connection to hang-up.
 //!
-//! Every message is checked here against what the function has; what is refused is answered with an error where the protocol
-//! has an answer (REPLY_ACK), and ends the connection where it has none.
+//! Every message is checked here against what the function has. What is refused is answered with an error where the protocol
+//! has an answer (REPLY_ACK), and ends the connection where it has none: a front end that is not told would go on as if the card
+//! used memory or features that it does not use. What a guest got wrong is no reason to hang up on its front end: a ring that
+//! cannot start stays off and signals its error event, and runs once it is set right.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,16 +17,19 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::channel::Channel;
+use super::channel::{Channel, Peeked};
 use super::port::Event;
 use super::regions::{Regions, SLOTS_MAX, Slot};
-use super::ring::{Ring, RingAddresses, decode_base, encode_base};
+use super::ring::{Ring, RingAddresses, decode_base, encode_base, fresh};
 use crate::address::{FrontEndAddress, Iova};
 use crate::link::{FunctionSide, HostEvents};
 use crate::virtqueue::features;
 
 /// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
 const CONFIG_BYTES_MAX: u32 = 256;
+
+/// How a refusal is marked that is the guest's fault, not the front end's.
+const GUEST_FAULT: ErrorKind = ErrorKind::InvalidData;
 
 /// What the function can tell this front end.
 #[derive(Default)]
@@ -62,6 +68,8 @@ struct Session {
     rings: Vec<Ring>,
     accepted: u64,
     protocol: bool,
+    /// REPLY_ACK was negotiated.
+    replies: bool,
 }
 
 /// Converses until the front end hangs up or breaks the protocol.
@@ -80,30 +88,34 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         rings: std::iter::repeat_with(Ring::default).take(rings).collect(),
         accepted: 0,
         protocol: false,
+        replies: false,
     };
     tracing::info!(function = name, "a front end is attached");
     let peeked = stream.try_clone();
-    let mut requests = BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(session)));
+    let session = Arc::new(Mutex::new(session));
+    let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
-        if let Some(channel) = peeked.as_ref().ok().and_then(Channel::peek) {
+        let next = peeked.as_ref().map(Peeked::wait_for).unwrap_or_default();
+        if let Some(channel) = next.channel {
             *events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
         }
         match requests.handle_request() {
             Ok(()) => {}
-            // Refused, and the front end was told so.
-            Err(Error::ReqHandlerError(_)) => {}
+            Err(Error::ReqHandlerError(why)) if why.kind() == GUEST_FAULT => {}
+            Err(Error::ReqHandlerError(_))
+                if next.wants_reply && session.lock().unwrap_or_else(PoisonError::into_inner).replies => {}
             Err(end) => break end,
         }
     };
     match end {
         Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
+        // What was refused has been said.
+        Error::ReqHandlerError(_) => {
+            tracing::info!(function = name, "the front end cannot be told of the refusal; the connection ends");
+        }
         error => tracing::warn!(function = name, %error, "the front end broke the protocol; the connection ends"),
     }
     function.detach();
-}
-
-fn refused(why: impl std::fmt::Display) -> Error {
-    Error::ReqHandlerError(std::io::Error::new(std::io::ErrorKind::InvalidInput, why.to_string()))
 }
 
 impl Session {
@@ -119,8 +131,12 @@ impl Session {
 
     /// Says once why something was refused.
     fn refuse(&self, what: &str, why: impl std::fmt::Display) -> Error {
+        self.refuse_as(ErrorKind::InvalidInput, what, &why)
+    }
+
+    fn refuse_as(&self, kind: ErrorKind, what: &str, why: &dyn std::fmt::Display) -> Error {
         tracing::warn!(function = %self.name, %why, "refused: {what}");
-        refused(why)
+        Error::ReqHandlerError(std::io::Error::new(kind, why.to_string()))
     }
 
     /// Stops a ring if it runs, and remembers where.
@@ -142,14 +158,22 @@ impl Session {
             self.halt(number);
         }
         if wanted && !self.rings[usize::from(number)].running {
-            let start = self.rings[usize::from(number)]
-                .start(number, &self.regions, self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
-                .map_err(|why| self.refuse("a ring cannot start", why))?;
-            tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
-            self.function.start_queue(start).map_err(|why| self.refuse("a ring cannot start", why))?;
+            if let Err(why) = self.start(number) {
+                if let Some(err) = &self.rings[usize::from(number)].err {
+                    err.signal();
+                }
+                return Err(self.refuse_as(GUEST_FAULT, "a ring cannot start", &why));
+            }
             self.rings[usize::from(number)].running = true;
         }
         Ok(())
+    }
+
+    fn start(&self, number: u16) -> std::result::Result<(), String> {
+        let accepted = self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let start = self.rings[usize::from(number)].start(number, &self.regions, accepted)?;
+        tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
+        self.function.start_queue(start).map_err(|why| why.to_string())
     }
 
     /// Goes over to another table. A ring that it moves or takes away stops first: a front end changes a region by removing it
@@ -231,7 +255,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.replies = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
         Ok(())
     }
 
@@ -319,7 +344,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let ring = &mut self.rings[usize::from(number)];
         ring.started = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, encode_base(ring.position.unwrap_or_default(), packed)))
+        Ok(VhostUserVringState::new(index, encode_base(ring.position.unwrap_or_else(|| fresh(packed)), packed)))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -363,7 +388,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        self.function.write_config(offset, data).map_err(|why| self.refuse("a write to the configuration", why))
+        let written = self.function.write_config(offset, data);
+        written.map_err(|why| self.refuse_as(GUEST_FAULT, "a write to the configuration", &why))
     }
 
     fn set_backend_req_fd(&mut self, _channel: Backend) {
