@@ -152,7 +152,7 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
                 }
                 verified.store(number, Ordering::Relaxed);
             }
-            clients.map(|client| client.leave().unwrap());
+            clients.into_iter().for_each(|client| client.leave().unwrap());
         });
         let attackers: Vec<_> = ATTACKED
             .iter()

@@ -109,8 +109,9 @@ impl Attack {
         ring.publish(guest, jump);
         if self == Self::Truncate {
             let share = &guest.shares[0];
-            // All of it, or all but the ring's first page.
-            let _ = share.file.set_len(random.pick(&[0, share.offset + 4096]));
+            // All of it, or all but a split ring's descriptors: a packed ring is not looked for elsewhere until it is used.
+            let left = if ring.packed { 0 } else { random.pick(&[0, share.offset + 4096]) };
+            let _ = share.file.set_len(left);
         }
         outcome
     }

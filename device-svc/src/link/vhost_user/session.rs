@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost::vhost_user::message::{
@@ -30,6 +31,8 @@ const CONFIG_BYTES_MAX: u32 = 256;
 struct Events {
     channel: Mutex<Option<Channel>>,
     errors: Mutex<Vec<Option<Event>>>,
+    /// Something was refused, and people were told: once for each front end, which could otherwise fill a disk with our words.
+    warned: AtomicBool,
 }
 
 impl HostEvents for Events {
@@ -97,6 +100,9 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
     };
     match end {
         Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
+        error if events.warned.load(Ordering::Relaxed) => {
+            tracing::info!(function = name, %error, "the front end broke the protocol; the connection ends");
+        }
         error => tracing::warn!(function = name, %error, "the front end broke the protocol; the connection ends"),
     }
     function.detach();
@@ -117,9 +123,13 @@ impl Session {
         Ok((number, &mut self.rings[usize::from(number)]))
     }
 
-    /// Says once why something was refused.
+    /// Refuses, and says why: the first time so that people see it.
     fn refuse(&self, what: &str, why: impl std::fmt::Display) -> Error {
-        tracing::warn!(function = %self.name, %why, "refused: {what}");
+        if self.events.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(function = %self.name, %why, "refused: {what}");
+        } else {
+            tracing::warn!(function = %self.name, %why, "refused: {what}; what is refused after it is not reported");
+        }
         refused(why)
     }
 
