@@ -165,6 +165,8 @@ impl<E: DmaEngine> BlkLane<E> {
         // Said once; a queue that is stopping goes on to stop.
         if self.state == State::Running {
             self.state = State::Failed;
+            // Lost memory reads as zeroes, and what they seem to say is nobody's fault.
+            let fault = if self.mirror.engine_ref().memory().is_lost() { QueueFault::MemoryLost } else { fault };
             self.report.queue_failed(self.queue, fault);
         }
     }
@@ -311,6 +313,10 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     fn arm(&mut self) -> Option<bool> {
         if self.state != State::Running {
             return Some(self.landing.is_empty() && (self.ring_gone || !self.mirror.is_publishing()));
+        }
+        // Lost while the last turn looked at it: the next turn says so.
+        if self.mirror.engine_ref().memory().is_lost() {
+            return Some(false);
         }
         if self.doorbell == Doorbell::Armed {
             // Armed since it last found something; the driver rings for whatever came since.

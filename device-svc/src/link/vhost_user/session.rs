@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost::vhost_user::message::{
@@ -36,6 +37,8 @@ const GUEST_FAULT: ErrorKind = ErrorKind::InvalidData;
 struct Events {
     channel: Mutex<Option<Channel>>,
     errors: Mutex<Vec<Option<Event>>>,
+    /// Something was refused, and people were told: once for each front end, which could otherwise fill a disk with our words.
+    warned: AtomicBool,
 }
 
 impl HostEvents for Events {
@@ -113,6 +116,9 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         Error::ReqHandlerError(_) => {
             tracing::info!(function = name, "the front end cannot be told of the refusal; the connection ends");
         }
+        error if events.warned.load(Ordering::Relaxed) => {
+            tracing::info!(function = name, %error, "the front end broke the protocol; the connection ends");
+        }
         error => tracing::warn!(function = name, %error, "the front end broke the protocol; the connection ends"),
     }
     function.detach();
@@ -129,13 +135,17 @@ impl Session {
         Ok((number, &mut self.rings[usize::from(number)]))
     }
 
-    /// Says once why something was refused.
+    /// Refuses, and says why: the first time so that people see it.
     fn refuse(&self, what: &str, why: impl std::fmt::Display) -> Error {
         self.refuse_as(ErrorKind::InvalidInput, what, &why)
     }
 
     fn refuse_as(&self, kind: ErrorKind, what: &str, why: &dyn std::fmt::Display) -> Error {
-        tracing::warn!(function = %self.name, %why, "refused: {what}");
+        if self.events.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(function = %self.name, %why, "refused: {what}");
+        } else {
+            tracing::warn!(function = %self.name, %why, "refused: {what}; what is refused after it is not reported");
+        }
         Error::ReqHandlerError(std::io::Error::new(kind, why.to_string()))
     }
 
