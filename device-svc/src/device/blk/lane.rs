@@ -185,7 +185,7 @@ impl<E: DmaEngine> BlkLane<E> {
         self.rows.give_back(number);
     }
 
-    fn work(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
+    fn work(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         let mut did = false;
         self.limited = self.shared.limits.iter().any(|limit| limit.is_limited());
         if self.throttled_until.is_some_and(|until| until <= now) || self.throttled_in_the_way() {
@@ -204,7 +204,7 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         let unfinished = matches!(self.state, State::Stopping(_)) && self.mirror.is_fetching() && !self.ring_gone;
         if (self.state == State::Running && self.ready.is_empty()) || unfinished {
-            did |= self.fetch(now)?;
+            did |= self.fetch(now, chains_max)?;
         }
         // Twice: where copies land at once, a write's header and then its payload are here in the same turn.
         for _ in 0..2 {
@@ -272,14 +272,14 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     #[inline]
-    fn turn(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> bool {
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool {
         if self.state == State::Abandoned {
             return false;
         }
         if self.state == State::Running && self.mirror.engine_ref().memory().is_lost() {
             self.fail(QueueFault::MemoryLost);
         }
-        match self.work(now, channel) {
+        match self.work(now, chains_max, channel) {
             Ok(did) => did,
             Err(fault) => {
                 // A ring that is broken while it stops is not fetched from again.
