@@ -82,3 +82,12 @@ impl Card {
         serde_json::from_str(&self.command(&["stats", "--json"])).expect("statistics are JSON")
     }
 }
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        // What a card said explains why its test failed.
+        if std::thread::panicking() {
+            eprintln!("the card said:\n{}", self.process.output());
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long anything may take before a test fails: machines are busy, so this is long, and nobody waits for it in vain.
@@ -26,6 +27,8 @@ pub struct Process {
     name: String,
     child: Child,
     output: Arc<Mutex<String>>,
+    /// The threads that collect the output; each ends with its pipe.
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Process {
@@ -47,7 +50,7 @@ impl Process {
             child.stdout.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
             child.stderr.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
         ];
-        for pipe in pipes.into_iter().flatten() {
+        let collect = |pipe| {
             let output = Arc::clone(&output);
             std::thread::spawn(move || {
                 for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
@@ -55,9 +58,10 @@ impl Process {
                     output.push_str(&String::from_utf8_lossy(&line));
                     output.push('\n');
                 }
-            });
-        }
-        Self { name, child, output }
+            })
+        };
+        let readers = pipes.into_iter().flatten().map(collect).collect();
+        Self { name, child, output, readers }
     }
 
     /// Everything it has said.
@@ -80,6 +84,7 @@ impl Process {
         let start = Instant::now();
         while !self.output().contains(text) {
             if let Ok(Some(status)) = self.child.try_wait() {
+                self.end();
                 assert!(self.output().contains(text), "{} ended with {status}:\n{}", self.name, self.output());
             }
             assert!(start.elapsed() < PATIENCE, "{} never said {text:?}:\n{}", self.name, self.output());
@@ -100,6 +105,10 @@ impl Process {
         let start = Instant::now();
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
+                // What it said last may still be in the pipes.
+                for reader in self.readers.drain(..) {
+                    let _ = reader.join();
+                }
                 return status;
             }
             assert!(start.elapsed() < PATIENCE, "{} does not end:\n{}", self.name, self.output());

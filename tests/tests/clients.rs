@@ -38,7 +38,15 @@ fn verify(rig: &Path, card: &Card) {
         let output = fio(
             rig,
             &card.path("f.sock"),
-            &["--rw=randwrite", "--bsrange=512-128k", "--iodepth=32", "--size=64M", "--verify=crc32c", "--do_verify=1"],
+            &[
+                "--rw=randwrite",
+                "--bsrange=512-128k",
+                "--iodepth=32",
+                "--size=64M",
+                "--verify=crc32c",
+                "--do_verify=1",
+                "--verify_state_save=0",
+            ],
         );
         assert!(output.contains("err= 0"), "{output}");
     }

@@ -36,7 +36,15 @@ fn verify(rig: &Path, card: &Card, size: &str) -> Process {
         Command::new(rig.join("bin/fio"))
             .args(["--name=job", "--ioengine=libblkio", "--libblkio_driver=virtio-blk-vhost-user", "--thread=1"])
             .arg(format!("--libblkio_path={}", card.path("f.sock").display()))
-            .args(["--rw=randwrite", "--bs=4k", "--iodepth=16", "--fsync=64", "--verify=crc32c", "--do_verify=1"])
+            .args([
+                "--rw=randwrite",
+                "--bs=4k",
+                "--iodepth=16",
+                "--fsync=64",
+                "--verify=crc32c",
+                "--verify_state_save=0",
+                "--do_verify=1",
+            ])
             .arg(format!("--size={size}")),
     )
 }

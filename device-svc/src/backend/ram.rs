@@ -28,6 +28,7 @@ use super::{
     PayloadPlace,
 };
 use crate::clock::Moment;
+use crate::dma::prefetch_read;
 
 /// Requests a channel takes between two polls.
 const DEPTH: usize = 512;
@@ -275,7 +276,7 @@ impl Memory {
         }
         let start = self.start.as_ptr().wrapping_add(request.offset as usize);
         for line in 0..LINES_AHEAD.min(request.length.div_ceil(LINE_BYTES)) {
-            prefetch_line(start.wrapping_add((line * LINE_BYTES) as usize));
+            prefetch_read(start.wrapping_add((line * LINE_BYTES) as usize));
         }
     }
 
@@ -310,22 +311,6 @@ impl Drop for Memory {
         // SAFETY: made by `new` with this start and length; the last owner is going.
         unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapping_bytes) };
     }
-}
-
-#[inline(always)]
-fn prefetch_line(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults, whatever the address.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = address;
 }
 
 struct RamChannel {

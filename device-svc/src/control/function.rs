@@ -251,12 +251,18 @@ impl BlkFunction {
     }
 
     fn queue_failed(&self, queue: u16, fault: QueueFault) {
-        let host = {
+        let (host, first) = {
             let mut inner = self.lock();
-            inner.fault = Some(format!("queue {queue}: {fault}"));
-            inner.host.clone()
+            let first = inner.fault.is_none();
+            inner.fault.get_or_insert_with(|| format!("queue {queue}: {fault}"));
+            (inner.host.clone(), first)
         };
-        tracing::warn!(function = %self.name, queue, %fault, "the guest broke a rule; the function stops until it is reset");
+        // Said once until the reset: each queue may fail, and again when it is started again.
+        if first {
+            tracing::warn!(function = %self.name, queue, %fault, "the guest broke a rule; the function stops until it is reset");
+        } else {
+            tracing::debug!(function = %self.name, queue, %fault, "the guest broke another rule");
+        }
         if let Some(host) = host {
             host.needs_reset(Some(queue));
         }

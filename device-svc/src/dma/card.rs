@@ -64,7 +64,8 @@ impl CardMemory {
     #[must_use]
     pub const fn pointer(&self, at: CardAddress, length: usize) -> *mut u8 {
         let offset = at.0 as usize;
-        assert!(offset <= self.length && length <= self.length - offset, "a range outside card memory");
+        // Both are far below the size of the address space: the sum does not wrap.
+        assert!(length <= u32::MAX as usize && offset + length <= self.length, "a range outside card memory");
         // SAFETY: the range is inside the mapping, as just checked.
         unsafe { self.start.as_ptr().add(offset) }
     }

@@ -74,6 +74,7 @@ impl DelayedEngine {
             Copy::ReadPacked(from, to, count) => self.inner.read_packed(from, to, count),
         };
         assert!(done.is_ok(), "host memory went away under a copy that was on its way: {copy:?}");
+        self.inner.submit();
         self.landed += 1;
     }
 }
@@ -114,6 +115,10 @@ impl DmaEngine for DelayedEngine {
 
     fn order(&mut self) {
         self.inner.order();
+    }
+
+    fn queued(&self) -> Ticket {
+        Ticket(self.issued)
     }
 
     fn submit(&mut self) -> Ticket {

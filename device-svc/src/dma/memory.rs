@@ -289,6 +289,15 @@ impl HostMemory {
     #[inline]
     #[must_use]
     pub fn resolve(&self, address: Iova, length: u64) -> Option<(*mut u8, u64)> {
+        let (start, bytes, base) = self.region_at(address)?;
+        let inside = address.0 - start.0;
+        Some((base.wrapping_add(inside as usize), (bytes - inside).min(length)))
+    }
+
+    /// The region that `address` lies in: its start, its length, and where it is in our address space.
+    #[inline]
+    #[must_use]
+    pub fn region_at(&self, address: Iova) -> Option<(Iova, u64, *mut u8)> {
         // A VM has one to three regions over vhost-user; a linear look at that many beats a search.
         let region = if self.regions.len() <= 4 {
             self.regions.iter().find(|region| address.0.wrapping_sub(region.start.0) < region.length)?
@@ -297,9 +306,7 @@ impl HostMemory {
             let region = &self.regions[after.checked_sub(1)?];
             (address.0 - region.start.0 < region.length).then_some(region)?
         };
-        let inside = address.0 - region.start.0;
-        let run = (region.length - inside).min(length);
         // `Region::new` checked that `offset + length` lies in the mapping.
-        Some((region.mapping.as_ptr().wrapping_add(region.offset + inside as usize), run))
+        Some((region.start, region.length, region.mapping.as_ptr().wrapping_add(region.offset)))
     }
 }

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! An engine is asynchronous: a copy is queued, submitted, and lands later; copies land in the order in which they were
-//! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), a copy lands at once.
+//! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), they have landed when `submit` returns.
 
+mod cache;
 mod card;
 mod copy_engine;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod delayed;
 mod guard;
 mod memory;
 
+pub use cache::{full_barrier, prefetch_read, prefetch_write};
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
 #[cfg(test)]
@@ -132,9 +134,16 @@ pub trait DmaEngine: Send {
     /// As for [`read`](Self::read).
     fn read_packed(&mut self, from: Iova, to: CardAddress, count: u32) -> Result<(), Unmapped>;
 
+    /// Says that a few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
+    #[inline]
+    fn expect_write(&mut self, _to: Iova) {}
+
     /// A barrier both ways: copies queued later see and make memory as it is after all those queued before are visible to
     /// the host. For the races of notification suppression (store of our index against load of theirs).
     fn order(&mut self);
+
+    /// What [`landed`](Self::landed) will have reached when everything queued so far has landed, submitted or not.
+    fn queued(&self) -> Ticket;
 
     /// Starts everything queued so far.
     fn submit(&mut self) -> Ticket;

@@ -1,6 +1,7 @@
 //! virtio-blk requests from the driver's side (virtio 1.3, 5.2.6): a fixed number of rows, each with a header, a status byte and
 //! a data buffer of its own in the guest's memory.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as spec;
@@ -8,6 +9,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::{Buffer, DriverQueue, GuestMemory, QueueOptions};
 use crate::address::Iova;
+use crate::dma::prefetch_write;
 
 /// `struct virtio_blk_req` up to its data.
 #[derive(Clone, Copy, IntoBytes, Immutable)]
@@ -44,6 +46,8 @@ pub struct Ended {
 /// Bytes of a row's own line: header, then status.
 const LINE_BYTES: u64 = 64;
 const STATUS_AT: u64 = 32;
+/// Requests taken off the ring in one go at most.
+const BATCH: usize = 32;
 /// The status before the device has written one.
 const NO_STATUS: u8 = 255;
 
@@ -57,6 +61,8 @@ pub struct BlockQueue {
     data_bytes: u32,
     rows: u32,
     in_flight: u32,
+    /// Requests taken off the ring and not yet handed out.
+    ended: VecDeque<(u32, u32)>,
 }
 
 impl BlockQueue {
@@ -66,7 +72,16 @@ impl BlockQueue {
         let queue = DriverQueue::new(memory, options);
         let lines = memory.take(u64::from(rows) * LINE_BYTES, 64);
         let data = memory.take(u64::from(rows) * u64::from(data_bytes), 4096);
-        Self { memory: Arc::clone(memory), queue, lines, data, data_bytes, rows, in_flight: 0 }
+        Self {
+            memory: Arc::clone(memory),
+            queue,
+            lines,
+            data,
+            data_bytes,
+            rows,
+            in_flight: 0,
+            ended: VecDeque::with_capacity(BATCH),
+        }
     }
 
     /// The ring underneath.
@@ -168,10 +183,25 @@ impl BlockQueue {
         self.queue.publish()
     }
 
+    /// Takes a batch off the ring, and asks for the lines of its rows: each holds a status to be read, and then the header of
+    /// the next request.
+    #[inline]
+    fn take_batch(&mut self) {
+        while self.ended.len() < BATCH
+            && let Some(used) = self.queue.take_used()
+        {
+            prefetch_write(self.memory.pointer(self.line_at(used.0), 1));
+            self.ended.push_back(used);
+        }
+    }
+
     /// Takes one request that has ended.
     #[inline]
     pub fn take_ended(&mut self) -> Option<Ended> {
-        let (row, written) = self.queue.take_used()?;
+        if self.ended.is_empty() {
+            self.take_batch();
+        }
+        let (row, written) = self.ended.pop_front()?;
         self.in_flight -= 1;
         let status = self.memory.get::<u8>(Iova(self.line_at(row).0 + STATUS_AT));
         Some(Ended { row, status, written })

@@ -8,10 +8,12 @@
 //!   block.rs        virtio-blk requests on a queue
 //!   vhost_user.rs   the front end that hands memory and queues to a card
 //!   client.rs       a front end with one queue, kept full; latency.rs: how long its requests took
+//!   hostile.rs      a front end that means harm
 //! ```
 
 pub mod block;
 pub mod client;
+pub mod hostile;
 pub mod latency;
 mod memory;
 mod packed;

@@ -1,11 +1,12 @@
 //! The driver's half of a packed ring (virtio 1.3, 2.8).
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use super::queue::TABLE_MAX;
 use super::{Buffer, GuestMemory};
 use crate::address::Iova;
+use crate::dma::full_barrier;
 use crate::virtqueue::packed::{AVAIL, EVENT_DISABLE, EVENT_ENABLE, Place, USED};
 use crate::virtqueue::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, PackedDescriptor, QueueAddresses};
 
@@ -118,7 +119,7 @@ impl PackedDriver {
         let Some((place, flags)) = self.first.take() else { return false };
         // Release: who sees these flags sees the whole batch (virtio 1.3, 2.8.21.1).
         self.memory.word(Iova(self.descriptor_at(place.slot).0 + FLAGS)).store(flags, Ordering::Release);
-        fence(Ordering::SeqCst);
+        full_barrier();
         self.memory.word(Iova(self.at.device.0 + 2)).load(Ordering::Relaxed) != EVENT_DISABLE
     }
 
@@ -145,7 +146,7 @@ impl PackedDriver {
     pub(super) fn want_interrupts(&mut self, want: bool) -> bool {
         let flags = if want { EVENT_ENABLE } else { EVENT_DISABLE };
         self.memory.word(Iova(self.at.driver.0 + 2)).store(flags, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        full_barrier();
         if !want {
             return false;
         }

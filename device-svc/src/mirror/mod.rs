@@ -23,6 +23,18 @@ use crate::virtqueue::{Chain, QueueAddresses, RingFault, features};
 /// The most chains fetched in one turn: large enough to share the cost of a batch's fixed copies, small enough that a
 /// flooding queue does not hold up its neighbours on the reactor.
 pub const FETCH_MAX: u16 = 32;
+/// Up to this many chains are fetched whatever waits behind them.
+const FETCH_WHOLE_MAX: u16 = 16;
+
+/// How many chains to fetch when `waiting` wait: only half of more than a few, so that the driver has the first half back and
+/// adds to the queue while the card has the second.
+#[inline]
+const fn batch_of(waiting: u16, budget: u16) -> u16 {
+    let half = waiting.div_ceil(2);
+    let wanted = if half > FETCH_WHOLE_MAX { half } else { FETCH_WHOLE_MAX };
+    let most = if wanted < waiting { wanted } else { waiting };
+    if most < budget { most } else { budget }
+}
 
 /// Why a queue cannot go on. All are the guest's or its memory's fault, but for a failed copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

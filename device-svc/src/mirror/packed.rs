@@ -4,7 +4,7 @@
 //! next place on, as many as the batch before took. A batch of used descriptors becomes visible with the flags of its first
 //! one, which are written last.
 
-use super::{CardLayout, FETCH_MAX, Fetched, QueueFault};
+use super::{CardLayout, FETCH_MAX, FETCH_WHOLE_MAX, Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
@@ -64,6 +64,8 @@ pub(super) struct PackedMirror {
     fetching: Fetching,
     found: [Found; FETCH_MAX as usize],
     found_count: u16,
+    /// The batch before had as many chains as it might.
+    was_full: bool,
     /// How many chains this batch may have.
     budget: u16,
     /// Slots of the chains that were found.
@@ -99,6 +101,7 @@ impl PackedMirror {
             fetching: Fetching::Idle,
             found: [Found::default(); FETCH_MAX as usize],
             found_count: 0,
+            was_full: false,
             budget: 0,
             found_slots: 0,
             fetched_slots: 0,
@@ -123,7 +126,9 @@ impl PackedMirror {
                     if budget == 0 {
                         return Ok(Fetched::Nothing);
                     }
-                    (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget, 0, 0, 0);
+                    // How much waits is not known before it is fetched: where the batch before was whole, probably more.
+                    let most = if self.was_full { FETCH_MAX } else { FETCH_WHOLE_MAX };
+                    (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget.min(most), 0, 0, 0);
                     self.fetching = Fetching::Slots(self.request_slots(engine, self.guess)?);
                 }
                 Fetching::Slots(ticket) => {
@@ -140,6 +145,7 @@ impl PackedMirror {
                         engine.forgive_empty_poll(16 * u32::from(self.fetched_slots));
                         return Ok(Fetched::Nothing);
                     }
+                    self.was_full = self.found_count >= FETCH_WHOLE_MAX;
                     let all_taken = self.found_slots == self.fetched_slots;
                     self.guess = if all_taken { self.guess * 2 } else { self.found_slots }.clamp(SLOTS_MIN, SLOTS_MAX);
                     self.request_tables(engine)?;

@@ -5,10 +5,10 @@
 //! guessed wrong is fetched in further rounds.
 
 use super::{Fetched, QueueFault};
-use crate::address::CardAddress;
+use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
-use crate::mirror::{CardLayout, FETCH_MAX};
+use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
 use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, Run, SplitRing, passes_event};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX, Step,
@@ -84,6 +84,8 @@ pub(super) struct SplitMirror {
     round: u32,
     /// The batch's first round.
     first_round: u32,
+    /// Chains of the batch that were handed over.
+    delivered: u16,
     /// How long the last chain was.
     guess: u16,
     tables_used: u32,
@@ -116,6 +118,7 @@ impl SplitMirror {
             asked_in: vec![0; size as usize].into_boxed_slice(),
             round: 0,
             first_round: 0,
+            delivered: 0,
             guess: 3,
             tables_used: 0,
             event_index: start.features & features::EVENT_INDEX != 0,
@@ -165,7 +168,7 @@ impl SplitMirror {
                     // What is known to wait is taken first; the index is read again only when that is used up, which also
                     // keeps the line of the driver's index with the driver.
                     if self.ring.known_available() > 0 {
-                        let count = self.ring.known_available().min(budget);
+                        let count = batch_of(self.ring.known_available(), budget);
                         self.fetching = Fetching::Entries(self.request_entries(engine, count)?, count);
                     } else {
                         engine.read_index(self.ring.avail_index_at(), self.places.avail_index)?;
@@ -193,14 +196,18 @@ impl SplitMirror {
                     if engine.landed()? < ticket {
                         return Ok(Fetched::Waiting);
                     }
-                    let (ready, missing) = self.follow_chains(engine, count)?;
-                    if missing {
+                    self.deliver(engine, count, &mut sink)?;
+                    if self.delivered < count {
+                        let (ready, asked) = self.follow_chains(engine, count)?;
+                        if !asked && ready > self.delivered {
+                            // All that the chain named when it was followed is here, and yet something is missing.
+                            return Err(RingFault::Changed.into());
+                        }
                         self.fetching = Fetching::Descriptors(engine.submit(), ready);
                         continue;
                     }
                     self.fetching = Fetching::Idle;
-                    self.deliver(engine, ready, &mut sink)?;
-                    return Ok(Fetched::Chains(ready));
+                    return Ok(Fetched::Chains(count));
                 }
             }
         }
@@ -228,6 +235,7 @@ impl SplitMirror {
         self.round += 1;
         self.first_round = self.round;
         self.tables_used = 0;
+        self.delivered = 0;
         let size = self.ring.size();
         let mut run: Option<(u16, u16)> = None;
         for index in 0..count {
@@ -265,26 +273,25 @@ impl SplitMirror {
         Ok(())
     }
 
-    /// Follows each chain as far as its descriptors are here, and fetches what is missing: further descriptors, and indirect
-    /// tables. Returns how many chains this batch shall have, and whether something was missing.
-    #[inline]
+    /// Follows each chain that was not handed over as far as its descriptors are here, and fetches what is missing: further
+    /// descriptors, and indirect tables. Returns how many chains this batch shall have, and whether anything was missing.
     fn follow_chains<E: DmaEngine>(&mut self, engine: &mut E, count: u16) -> Result<(u16, bool), QueueFault> {
-        let mut missing = false;
+        let mut asked = false;
         // What is asked for from here on is not here yet.
         self.round += 1;
-        for index in 0..count {
+        for index in self.delivered..count {
             let mut cursor = self.cursors[usize::from(index)];
             while !cursor.done {
                 let asked_in = self.asked_in[usize::from(cursor.at)];
                 if asked_in == self.round {
                     // Asked for on behalf of a chain before.
-                    missing = true;
+                    asked = true;
                     break;
                 }
                 if asked_in < self.first_round {
                     let end = cursor.at.saturating_add(self.guess).min(self.ring.size());
                     self.request_descriptors(engine, cursor.at, end)?;
-                    missing = true;
+                    asked = true;
                     break;
                 }
                 let descriptor = engine.card().get::<Descriptor>(self.descriptor_place(cursor.at));
@@ -296,13 +303,13 @@ impl SplitMirror {
                     if bytes / 16 <= SEGMENTS_MAX && bytes >= 16 {
                         if self.tables_used + bytes > TABLES_BYTES {
                             // No room in this batch: it ends before this chain.
-                            return Ok((index, missing));
+                            return Ok((index, asked));
                         }
                         cursor.table = self.places.tables.add(self.tables_used);
                         cursor.table_count = bytes / 16;
                         self.tables_used += (bytes / 16) * 16;
-                        engine.read(crate::address::Iova(descriptor.address), cursor.table, (bytes / 16) * 16)?;
-                        missing = true;
+                        engine.read(Iova(descriptor.address), cursor.table, (bytes / 16) * 16)?;
+                        asked = true;
                     }
                 } else if descriptor.flags & DESCRIPTOR_NEXT == 0
                     || descriptor.next >= self.ring.size()
@@ -316,7 +323,7 @@ impl SplitMirror {
             }
             self.cursors[usize::from(index)] = cursor;
         }
-        Ok((count, missing))
+        Ok((count, asked))
     }
 
     #[inline]
@@ -324,7 +331,7 @@ impl SplitMirror {
         self.places.descriptors.add(16 * u32::from(number))
     }
 
-    /// Walks the chains of a batch, all of whose descriptors are in card memory, and hands them over.
+    /// Walks the chains of a batch and hands them over, up to the first that is not wholly in card memory.
     #[inline]
     fn deliver<E: DmaEngine>(
         &mut self,
@@ -333,28 +340,27 @@ impl SplitMirror {
         sink: &mut impl FnMut(&mut E, Chain<'_>),
     ) -> Result<(), QueueFault> {
         let size = self.ring.size();
-        for index in 0..count {
+        for index in self.delivered..count {
             let head = engine.card().get::<u16>(self.places.entries.add(2 * u32::from(index)));
-            let cursor = self.cursors[usize::from(index)];
-            self.walk.begin();
-            let mut number = head;
-            loop {
-                let descriptor = engine.card().get::<Descriptor>(self.descriptor_place(number));
-                match self.walk.step(descriptor)? {
-                    Step::End => break,
-                    Step::Next(next) if next < size => number = next,
-                    Step::Next(next) => {
-                        return Err(RingFault::NoSuchDescriptor { number: next, size: u32::from(size) }.into());
+            let (card, places, asked_in, first_round) = (engine.card(), &self.places, &self.asked_in, self.first_round);
+            let walked = self.walk.walk(head, size, |number| {
+                let is_here = asked_in[usize::from(number)] >= first_round;
+                is_here.then(|| card.get(places.descriptors.add(16 * u32::from(number))))
+            })?;
+            match walked {
+                Some(Step::End) => self.guess = (self.walk.steps() as u16).min(GUESS_MAX),
+                Some(_) => {
+                    let Cursor { table, table_count, .. } = self.cursors[usize::from(index)];
+                    if table_count == 0 {
+                        return Ok(());
                     }
-                    Step::Indirect { .. } => {
-                        let card = engine.card();
-                        self.walk.walk_table(cursor.table_count, |at| card.get(cursor.table.add(16 * at)))?;
-                        break;
-                    }
+                    self.guess = (self.walk.steps() as u16 + 1).min(GUESS_MAX);
+                    self.walk.walk_table(table_count, |at| card.get(table.add(16 * at)))?;
                 }
+                None => return Ok(()),
             }
-            self.guess = cursor.steps.clamp(1, GUESS_MAX);
             self.ring.take(1);
+            self.delivered += 1;
             sink(engine, self.walk.chain(head, 1));
         }
         Ok(())

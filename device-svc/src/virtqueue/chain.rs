@@ -55,34 +55,106 @@ pub enum Step {
     End,
 }
 
-/// Collects the buffers of one chain. Reused from chain to chain.
-#[derive(Debug, Default)]
-pub struct ChainWalk {
-    segments: Vec<Segment>,
+/// What is known of a chain so far; small enough to stay in registers while it is walked.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    count: usize,
     readable: usize,
     readable_bytes: u32,
     writable_bytes: u32,
     steps: u32,
     in_table: bool,
+}
+
+/// Collects the buffers of one chain. Reused from chain to chain.
+#[derive(Debug)]
+pub struct ChainWalk {
+    segments: Box<[Segment; SEGMENTS_MAX as usize]>,
+    sums: Sums,
     allow_indirect: bool,
+}
+
+impl Sums {
+    /// Takes a descriptor that is not an indirect one.
+    #[inline(always)]
+    fn take(
+        &mut self,
+        segments: &mut [Segment; SEGMENTS_MAX as usize],
+        descriptor: Descriptor,
+    ) -> Result<(), RingFault> {
+        self.steps += 1;
+        if self.steps > SEGMENTS_MAX {
+            return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
+        }
+        let writable = descriptor.flags & DESCRIPTOR_WRITE != 0;
+        if writable {
+            self.writable_bytes = self.writable_bytes.checked_add(descriptor.length).ok_or(RingFault::ChainTooLarge)?;
+        } else {
+            self.readable_bytes = self.readable_bytes.checked_add(descriptor.length).ok_or(RingFault::ChainTooLarge)?;
+            if self.readable < self.count {
+                return Err(RingFault::ReadableAfterWritable);
+            }
+        }
+        // An empty buffer is legal and says nothing: the next one takes its place.
+        segments[self.count] = Segment { address: Iova(descriptor.address), length: descriptor.length };
+        let says = usize::from(descriptor.length != 0);
+        self.count += says;
+        self.readable += says & usize::from(!writable);
+        Ok(())
+    }
 }
 
 impl ChainWalk {
     /// A walk for a queue where indirect tables are allowed or not.
     #[must_use]
     pub fn new(allow_indirect: bool) -> Self {
-        Self { segments: Vec::with_capacity(SEGMENTS_MAX as usize), allow_indirect, ..Self::default() }
+        let segments = Box::new([Segment::default(); SEGMENTS_MAX as usize]);
+        Self { segments, sums: Sums::default(), allow_indirect }
     }
 
     /// Starts with a new chain.
     #[inline]
     pub fn begin(&mut self) {
-        self.segments.clear();
-        self.readable = 0;
-        self.readable_bytes = 0;
-        self.writable_bytes = 0;
-        self.steps = 0;
-        self.in_table = false;
+        self.sums = Sums::default();
+    }
+
+    /// Walks a chain from its first descriptor, `head`, as far as its descriptors are here: `at` gives each by its number, or
+    /// `None`.
+    ///
+    /// # Errors
+    /// As for [`step`](Self::step), and for a link out of a table of `size` descriptors.
+    #[inline]
+    pub fn walk(
+        &mut self,
+        head: u16,
+        size: u16,
+        at: impl Fn(u16) -> Option<Descriptor>,
+    ) -> Result<Option<Step>, RingFault> {
+        let mut sums = Sums::default();
+        let mut number = head;
+        loop {
+            let Some(descriptor) = at(number) else { return Ok(None) };
+            if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+                self.sums = sums;
+                return self.enter_table(descriptor).map(Some);
+            }
+            sums.take(&mut self.segments, descriptor)?;
+            if descriptor.flags & DESCRIPTOR_NEXT == 0 {
+                self.sums = sums;
+                return Ok(Some(Step::End));
+            }
+            number = descriptor.next;
+            if number >= size {
+                return Err(RingFault::NoSuchDescriptor { number, size: u32::from(size) });
+            }
+        }
+    }
+
+    /// How many descriptors the chain had.
+    #[inline]
+    #[must_use]
+    pub const fn steps(&self) -> u32 {
+        self.sums.steps
     }
 
     /// Takes the chain's next descriptor.
@@ -91,29 +163,15 @@ impl ChainWalk {
     /// When the chain breaks a rule of virtio 1.3, 2.7.4 and 2.7.5.
     #[inline]
     pub fn step(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
-        self.steps += 1;
-        if self.steps > SEGMENTS_MAX {
-            return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
-        }
         if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
             return self.enter_table(descriptor);
         }
-        let writable = descriptor.flags & DESCRIPTOR_WRITE != 0;
-        let sum = if writable { &mut self.writable_bytes } else { &mut self.readable_bytes };
-        *sum = sum.checked_add(descriptor.length).ok_or(RingFault::ChainTooLarge)?;
-        if !writable && self.readable < self.segments.len() {
-            return Err(RingFault::ReadableAfterWritable);
-        }
-        // An empty buffer is legal and says nothing.
-        if descriptor.length != 0 {
-            self.segments.push(Segment { address: Iova(descriptor.address), length: descriptor.length });
-            self.readable += usize::from(!writable);
-        }
+        self.sums.take(&mut self.segments, descriptor)?;
         Ok(if descriptor.flags & DESCRIPTOR_NEXT != 0 { Step::Next(descriptor.next) } else { Step::End })
     }
 
     fn enter_table(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
-        if !self.allow_indirect || self.in_table || descriptor.flags & DESCRIPTOR_NEXT != 0 {
+        if !self.allow_indirect || self.sums.in_table || descriptor.flags & DESCRIPTOR_NEXT != 0 {
             return Err(RingFault::IndirectNotAllowed);
         }
         let count = descriptor.length / 16;
@@ -123,9 +181,7 @@ impl ChainWalk {
         if count > SEGMENTS_MAX {
             return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
         }
-        self.in_table = true;
-        // The descriptor that names the table is not a buffer of the chain.
-        self.steps -= 1;
+        self.sums.in_table = true;
         Ok(Step::Indirect { table: Iova(descriptor.address), count })
     }
 
@@ -172,10 +228,10 @@ impl ChainWalk {
         Chain {
             id,
             slots,
-            segments: &self.segments,
-            readable: self.readable,
-            readable_bytes: self.readable_bytes,
-            writable_bytes: self.writable_bytes,
+            segments: &self.segments[..self.sums.count],
+            readable: self.sums.readable,
+            readable_bytes: self.sums.readable_bytes,
+            writable_bytes: self.sums.writable_bytes,
         }
     }
 }

@@ -122,6 +122,9 @@ pub enum RingFault {
     /// All lengths of a chain add up to more than 32 bits (virtio 1.3, 2.7.5.2).
     #[error("a descriptor chain of more than 4 GiB")]
     ChainTooLarge,
+    /// A descriptor that the device had was changed (virtio 1.3, 2.7.13: it is the device's until it is used).
+    #[error("a descriptor was changed while the device had it")]
+    Changed,
 }
 
 /// Where the parts of a queue are in the host's memory.

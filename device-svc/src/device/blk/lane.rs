@@ -14,13 +14,12 @@ mod end;
 mod fetch;
 mod submit;
 
-use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::BlkShared;
-use super::row::{Row, Rows, Stage};
+use super::row::{ROWS_MAX, Row, RowQueue, Rows, Stage};
 use crate::address::CardAddress;
 use crate::backend::{BlockChannel, BlockFault, PayloadPlace};
 use crate::clock::Moment;
@@ -32,8 +31,6 @@ use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Mirror};
 use crate::virtqueue::{Segment, features};
 
-/// Requests under way at most, in a queue that is larger: more does not make storage faster, and each costs memory.
-const ROWS_MAX: u16 = 1024;
 /// Card memory of one row: header, then the answer to get id, then the status byte.
 const ROW_BYTES: u32 = 64;
 const ROW_ID_AT: u32 = 16;
@@ -90,19 +87,21 @@ pub struct BlkLane<E> {
     row_memory: CardAddress,
     pages: Pages,
     /// Rows whose copies to the card are on their way, in the order queued.
-    landing: VecDeque<u16>,
+    landing: RowQueue,
     /// Rows to be submitted.
-    ready: VecDeque<u16>,
+    ready: RowQueue,
     /// Rows that wait for a limit, reads and writes apart, so that one kind does not hold up the other.
-    throttled: [VecDeque<u16>; 2],
+    throttled: [RowQueue; 2],
     throttled_until: Option<Moment>,
+    /// Whether there is a limit, as of this turn.
+    limited: bool,
     /// Rows that wait to be submitted again.
     held: Vec<u16>,
     /// Rows in the order popped, where the driver wants them back in order.
-    order: VecDeque<u16>,
+    order: RowQueue,
     /// Rows whose used entries are staged, and how many of them the publication under way covers.
-    retiring: VecDeque<u16>,
-    publishing: usize,
+    retiring: RowQueue,
+    publishing: u16,
     sequence: u64,
 }
 
@@ -148,13 +147,14 @@ impl<E: DmaEngine> BlkLane<E> {
             rows: Rows::new(count),
             row_memory,
             pages,
-            landing: VecDeque::with_capacity(rows),
-            ready: VecDeque::with_capacity(rows),
-            throttled: [VecDeque::with_capacity(rows), VecDeque::with_capacity(rows)],
+            landing: RowQueue::new(),
+            ready: RowQueue::new(),
+            throttled: [RowQueue::new(), RowQueue::new()],
             throttled_until: None,
+            limited: false,
             held: Vec::with_capacity(rows),
-            order: VecDeque::with_capacity(rows),
-            retiring: VecDeque::with_capacity(rows),
+            order: RowQueue::new(),
+            retiring: RowQueue::new(),
             publishing: 0,
             sequence: 0,
         })
@@ -165,6 +165,8 @@ impl<E: DmaEngine> BlkLane<E> {
         // Said once; a queue that is stopping goes on to stop.
         if self.state == State::Running {
             self.state = State::Failed;
+            // Lost memory reads as zeroes, and what they seem to say is nobody's fault.
+            let fault = if self.mirror.engine_ref().memory().is_lost() { QueueFault::MemoryLost } else { fault };
             self.report.queue_failed(self.queue, fault);
         }
     }
@@ -182,6 +184,7 @@ impl<E: DmaEngine> BlkLane<E> {
 
     fn work(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         let mut did = false;
+        self.limited = self.shared.limits.iter().any(|limit| limit.is_limited());
         if self.throttled_until.is_some_and(|until| until <= now) || self.throttled_in_the_way() {
             self.release_throttled(now);
             did = true;
@@ -202,7 +205,7 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         // Twice: where copies land at once, a write's header and then its payload are here in the same turn.
         for _ in 0..2 {
-            if self.land(now)? {
+            if self.land(now, channel)? {
                 did = true;
                 self.submit_ready(now, channel)?;
             }
@@ -311,6 +314,10 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         if self.state != State::Running {
             return Some(self.landing.is_empty() && (self.ring_gone || !self.mirror.is_publishing()));
         }
+        // Lost while the last turn looked at it: the next turn says so.
+        if self.mirror.engine_ref().memory().is_lost() {
+            return Some(false);
+        }
         if self.doorbell == Doorbell::Armed {
             // Armed since it last found something; the driver rings for whatever came since.
             return Some(true);
@@ -348,7 +355,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
 
     fn deadline(&self) -> Option<Moment> {
         let held = self.held.iter().map(|row| self.rows[*row].retry_at).min();
-        let blocked = self.ready.front().map(|row| self.rows[*row].popped_at.after(self.shared.io_timeout));
+        let blocked = self.ready.front().map(|row| self.rows[row].popped_at.after(self.shared.io_timeout));
         let stopping = match self.state {
             State::Stopping(until) => Some(until),
             _ => None,
@@ -396,7 +403,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         for queue in [&mut self.landing, &mut self.ready, &mut self.order, &mut self.retiring] {
             queue.clear();
         }
-        self.throttled.iter_mut().for_each(VecDeque::clear);
+        self.throttled.iter_mut().for_each(RowQueue::clear);
         self.held.clear();
         self.counters.in_flight.set(0);
         self.counters.held.set(0);

@@ -56,6 +56,7 @@ pub(super) enum Request {
 
 impl Header {
     /// What it is counted as.
+    #[inline]
     pub(super) const fn counted_as(self) -> RequestKind {
         match self.kind {
             spec::VIRTIO_BLK_T_IN => RequestKind::Read,
@@ -68,6 +69,7 @@ impl Header {
     }
 
     /// What is asked for, with `readable` and `writable` bytes of data buffers, or the status that refuses it.
+    #[inline]
     pub(super) fn parse(self, shared: &BlkShared, readable: u32, writable: u32) -> Result<Request, Status> {
         match self.kind {
             spec::VIRTIO_BLK_T_IN => self.transfer(shared, false, writable, readable),
@@ -81,15 +83,16 @@ impl Header {
         }
     }
 
+    #[inline]
     fn transfer(self, shared: &BlkShared, write: bool, bytes: u32, wrong_way: u32) -> Result<Request, Status> {
-        let block = u64::from(shared.block_bytes);
+        // A block is a power of two: a mask takes a cycle where a division takes thirty.
+        let in_block = u64::from(shared.block_bytes) - 1;
         let offset = self.sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
         let end = offset.checked_add(u64::from(bytes)).ok_or(Status::IoError)?;
         if wrong_way != 0
             || bytes == 0
             || bytes > shared.payload_bytes_max()
-            || !u64::from(bytes).is_multiple_of(block)
-            || !offset.is_multiple_of(block)
+            || (u64::from(bytes) | offset) & in_block != 0
             || end > shared.size_bytes()
             || (write && shared.read_only)
         {

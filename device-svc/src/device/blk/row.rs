@@ -18,6 +18,10 @@ use crate::virtqueue::Segment;
 
 use super::request::{Request, Status};
 
+/// Requests under way at most, in a queue that is larger: more does not make storage faster, and each costs memory. A power of
+/// two.
+pub(super) const ROWS_MAX: u16 = 1024;
+
 /// Where a request stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Stage {
@@ -39,8 +43,9 @@ pub(super) enum Stage {
     Done,
 }
 
-/// One request.
+/// One request. Its size is a power of two, so that its place is found by a shift.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Row {
     pub(super) stage: Stage,
     /// The chain's id and slots.
@@ -100,6 +105,62 @@ impl Row {
             retry_at: Moment(0),
             sequence: 0,
         }
+    }
+}
+
+/// Rows in the order in which they wait for something. It never grows: there is room for each row once.
+#[derive(Debug)]
+pub(super) struct RowQueue {
+    rows: Box<[u16; ROWS_MAX as usize]>,
+    /// Counts of rows taken and put; they run freely and are taken modulo the size.
+    head: u16,
+    tail: u16,
+}
+
+impl RowQueue {
+    const MASK: u16 = ROWS_MAX - 1;
+
+    pub(super) fn new() -> Self {
+        Self { rows: Box::new([0; ROWS_MAX as usize]), head: 0, tail: 0 }
+    }
+
+    #[inline]
+    pub(super) const fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
+    #[inline]
+    pub(super) const fn len(&self) -> u16 {
+        self.tail.wrapping_sub(self.head)
+    }
+
+    #[inline]
+    pub(super) fn front(&self) -> Option<u16> {
+        (!self.is_empty()).then(|| self.rows[usize::from(self.head & Self::MASK)])
+    }
+
+    #[inline]
+    pub(super) fn pop_front(&mut self) -> Option<u16> {
+        let row = self.front()?;
+        self.head = self.head.wrapping_add(1);
+        Some(row)
+    }
+
+    #[inline]
+    pub(super) fn push_back(&mut self, row: u16) {
+        debug_assert!(self.len() < ROWS_MAX, "a row waits in one place once");
+        self.rows[usize::from(self.tail & Self::MASK)] = row;
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    pub(super) fn push_front(&mut self, row: u16) {
+        debug_assert!(self.len() < ROWS_MAX, "a row waits in one place once");
+        self.head = self.head.wrapping_sub(1);
+        self.rows[usize::from(self.head & Self::MASK)] = row;
+    }
+
+    pub(super) const fn clear(&mut self) {
+        self.head = self.tail;
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::port::{Event, EventPort};
 use super::regions::Regions;
-use crate::address::FrontEndAddress;
+use crate::address::{FrontEndAddress, Iova};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::{QUEUE_SIZE_MAX, features};
 
@@ -81,6 +81,12 @@ impl Ring {
     /// Whether it is to run.
     pub(super) const fn is_wanted(&self) -> bool {
         self.started && self.enabled && self.addresses.is_some() && self.size > 0
+    }
+
+    /// Where its descriptors, driver and device area are in the guest's terms, if all are in the shared memory.
+    pub(super) fn places(&self, regions: &Regions) -> Option<[Iova; 3]> {
+        let RingAddresses { descriptors, driver, device } = self.addresses?;
+        Some([regions.translate(descriptors)?, regions.translate(driver)?, regions.translate(device)?])
     }
 
     /// What the function needs to run it.

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost::vhost_user::message::{
@@ -37,6 +38,8 @@ const GUEST_FAULT: ErrorKind = ErrorKind::InvalidData;
 struct Events {
     channel: Mutex<Option<Channel>>,
     errors: Mutex<Vec<Option<Event>>>,
+    /// Something was refused, and people were told: once for each front end, which could otherwise fill a disk with our words.
+    warned: AtomicBool,
 }
 
 impl HostEvents for Events {
@@ -114,6 +117,9 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         Error::ReqHandlerError(_) => {
             tracing::info!(function = name, "the front end cannot be told of the refusal; the connection ends");
         }
+        error if events.warned.load(Ordering::Relaxed) => {
+            tracing::info!(function = name, %error, "the front end broke the protocol; the connection ends");
+        }
         error => tracing::warn!(function = name, %error, "the front end broke the protocol; the connection ends"),
     }
     function.detach();
@@ -130,13 +136,17 @@ impl Session {
         Ok((number, &mut self.rings[usize::from(number)]))
     }
 
-    /// Says once why something was refused.
+    /// Refuses, and says why: the first time so that people see it.
     fn refuse(&self, what: &str, why: impl std::fmt::Display) -> Error {
         self.refuse_as(ErrorKind::InvalidInput, what, &why)
     }
 
     fn refuse_as(&self, kind: ErrorKind, what: &str, why: &dyn std::fmt::Display) -> Error {
-        tracing::warn!(function = %self.name, %why, "refused: {what}");
+        if self.events.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(function = %self.name, %why, "refused: {what}");
+        } else {
+            tracing::warn!(function = %self.name, %why, "refused: {what}; what is refused after it is not reported");
+        }
         Error::ReqHandlerError(std::io::Error::new(kind, why.to_string()))
     }
 
@@ -146,13 +156,15 @@ impl Session {
         if std::mem::take(&mut ring.running)
             && let Some(position) = self.function.stop_queue(number)
         {
+            tracing::debug!(function = %self.name, ring = number, ?position, "a ring has stopped");
             self.rings[usize::from(number)].position = Some(position);
         }
     }
 
     /// Runs a ring if it is to run, stops it if not; anew if `changed`.
     fn settle(&mut self, number: u16, changed: bool) -> Result<()> {
-        let (wanted, running) = (self.rings[usize::from(number)].is_wanted(), self.rings[usize::from(number)].running);
+        let ring = &self.rings[usize::from(number)];
+        let (wanted, running) = (ring.is_wanted(), ring.running);
         if running && (!wanted || changed) {
             self.halt(number);
         }
@@ -174,13 +186,30 @@ impl Session {
         if self.packed() && start.position == QueuePosition::default() && !was_used(&start, self.regions.memory()) {
             start.position = fresh(true);
         }
+        tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
     }
 
-    fn use_regions(&mut self, regions: Regions) {
+    /// Goes over to another table. A ring that it moves or takes away stops first: a front end changes a region by removing it
+    /// and adding it again, and the card polls in between. It goes on when its memory is there.
+    fn use_regions(&mut self, regions: Regions) -> Result<()> {
+        for number in 0..self.rings.len() as u16 {
+            let ring = &self.rings[usize::from(number)];
+            if ring.running && ring.places(&regions) != ring.places(&self.regions) {
+                self.halt(number);
+            }
+        }
         self.regions = regions;
+        tracing::debug!(function = %self.name, regions = self.regions.memory().regions().len(), "the memory has changed");
         // Returns when no queue touches what is gone; then the old table's mappings go with its last owner.
         self.function.set_memory(Arc::clone(self.regions.memory()));
+        for number in 0..self.rings.len() as u16 {
+            let ring = &self.rings[usize::from(number)];
+            if !ring.running && ring.places(&self.regions).is_some() {
+                self.settle(number, false)?;
+            }
+        }
+        Ok(())
     }
 
     fn forget(&mut self) {
@@ -262,7 +291,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             file_offset: region.mmap_offset,
         });
         let table = Regions::new(slots.zip(files)).map_err(|why| self.refuse("a memory table", why))?;
-        self.use_regions(table);
+        self.use_regions(table)?;
         Ok(None)
     }
 
@@ -277,14 +306,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
         let table = self.regions.with(slot_of(region), &file).map_err(|why| self.refuse("a memory region", why))?;
-        self.use_regions(table);
+        self.use_regions(table)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let table = self.regions.without(slot_of(region)).map_err(|why| self.refuse("removing memory", why))?;
-        self.use_regions(table);
-        Ok(())
+        self.use_regions(table)
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {

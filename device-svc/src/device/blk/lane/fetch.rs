@@ -4,6 +4,7 @@ use super::super::request::{HEADER_BYTES, Header, ID_BYTES, Request, Status};
 use super::super::row::{Row, Stage};
 use super::{BlkLane, Doorbell, ROW_BYTES, ROW_ID_AT};
 use crate::address::{CardAddress, Iova};
+use crate::backend::BlockChannel;
 use crate::clock::Moment;
 use crate::device::QueueFault;
 use crate::dma::DmaEngine;
@@ -17,7 +18,6 @@ impl<E: DmaEngine> BlkLane<E> {
         let budget = self.rows.free_count();
         let Self { mirror, rows, landing, order, row_memory, in_order, sequence, .. } = self;
         let mut bad = None;
-        let first_new = landing.len();
         let fetched = mirror.fetch(budget, |engine, chain| {
             let number = rows.take();
             let row = &mut rows[number];
@@ -30,15 +30,13 @@ impl<E: DmaEngine> BlkLane<E> {
             *sequence += 1;
             row.sequence = *sequence;
             row.popped_at = now;
+            row.ticket = engine.queued();
             landing.push_back(number);
             if *in_order {
                 order.push_back(number);
             }
         });
-        let ticket = self.mirror.engine().submit();
-        for index in first_new..self.landing.len() {
-            self.rows[self.landing[index]].ticket = ticket;
-        }
+        self.mirror.engine().submit();
         // The chains before a bad one are carried out; the queue stops all the same.
         let fetched = fetched?;
         if let Some(fault) = bad {
@@ -52,21 +50,22 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     /// Takes the rows whose copies have landed one stage further.
-    #[inline]
-    pub(super) fn land(&mut self, now: Moment) -> Result<bool, QueueFault> {
+    #[inline(always)]
+    pub(super) fn land(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         if self.landing.is_empty() {
             return Ok(false);
         }
         let landed = self.mirror.engine().landed()?;
-        while let Some(&number) = self.landing.front() {
+        while let Some(number) = self.landing.front() {
             if self.rows[number].ticket > landed {
                 break;
             }
             self.landing.pop_front();
-            match self.rows[number].stage {
-                Stage::Header => self.decode(now, number)?,
+            let row = &mut self.rows[number];
+            match row.stage {
+                Stage::Header => self.decode(now, number, channel)?,
                 Stage::Payload => {
-                    self.rows[number].stage = Stage::Ready;
+                    row.stage = Stage::Ready;
                     self.ready.push_back(number);
                 }
                 // Copies of a request that was dropped in the meantime.
@@ -77,8 +76,8 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     /// The header is here: what is asked for?
-    #[inline]
-    pub(super) fn decode(&mut self, now: Moment, number: u16) -> Result<(), QueueFault> {
+    #[inline(always)]
+    fn decode(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<(), QueueFault> {
         let at = self.row_place(number);
         let header = self.mirror.engine().card().get::<Header>(at);
         let row = &mut self.rows[number];
@@ -87,6 +86,7 @@ impl<E: DmaEngine> BlkLane<E> {
             Ok(request) => row.request = request,
             Err(status) => return self.end(now, number, status, 0),
         }
+        (row.outstanding, row.next_range, row.flushing) = (0, 0, false);
         match row.request {
             Request::GetId => {
                 let at = self.row_place(number).add(ROW_ID_AT);
@@ -96,13 +96,7 @@ impl<E: DmaEngine> BlkLane<E> {
                 copied
             }
             Request::Flush if !self.shared.volatile_cache => self.end(now, number, Status::Ok, 0),
-            _ => {
-                self.rows[number].outstanding = 0;
-                self.rows[number].next_range = 0;
-                self.rows[number].flushing = false;
-                self.admit(now, number);
-                Ok(())
-            }
+            _ => self.admit(now, number, channel),
         }
     }
 }
@@ -129,8 +123,21 @@ fn split_chain<E: DmaEngine>(
     let (readable, writable) = chain.segments.split_at(chain.readable);
     row.readable = chain.readable_bytes - HEADER_BYTES;
     row.writable = chain.writable_bytes - 1;
+    // The status is the last writable byte. Its line is asked for first: mostly the header is in it too.
+    if let Some(last) = writable.last() {
+        row.status_at = Iova(last.address.0.wrapping_add(u64::from(last.length) - 1));
+        engine.expect_write(row.status_at);
+    }
     // The header is the first 16 readable bytes, in however many buffers (virtio 1.3, 2.7.4.1: no framing may be assumed).
     let mut left = HEADER_BYTES;
+    let mut readable = readable;
+    if let [header, data @ ..] = readable
+        && header.length == HEADER_BYTES
+    {
+        // As nearly every driver has it.
+        engine.read(header.address, header_at, HEADER_BYTES)?;
+        (left, readable) = (0, data);
+    }
     for segment in readable {
         let part = segment.length.min(left);
         if part > 0 {
@@ -142,16 +149,16 @@ fn split_chain<E: DmaEngine>(
             row.data.push(Segment { address, length: segment.length - part });
         }
     }
-    // The status is the last writable byte. A request has data one way at most; the other way is refused in `decode`, and
-    // get id alone writes what is here.
-    if let [before @ .., last] = writable {
-        if row.readable == 0 {
-            row.data.extend_from_slice(before);
-            if last.length > 1 {
-                row.data.push(Segment { address: last.address, length: last.length - 1 });
-            }
+    // A request has data one way at most; the other way is refused in `decode`, and get id alone writes what is here.
+    if let [before @ .., last] = writable
+        && row.readable == 0
+    {
+        for segment in before {
+            row.data.push(*segment);
         }
-        row.status_at = Iova(last.address.0.wrapping_add(u64::from(last.length) - 1));
+        if last.length > 1 {
+            row.data.push(Segment { address: last.address, length: last.length - 1 });
+        }
     }
     Ok(())
 }

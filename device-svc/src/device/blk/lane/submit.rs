@@ -12,10 +12,11 @@ use crate::device::limit::Way;
 use crate::dma::{Direction, DmaEngine};
 
 impl<E: DmaEngine> BlkLane<E> {
-    /// Lets a request through its limits, or puts it in their queue.
-    #[inline]
-    pub(super) fn admit(&mut self, now: Moment, number: u16) {
-        if self.shared.limits.iter().any(|limit| limit.is_limited())
+    /// Lets a request through its limits, or puts it in their queue; what came through goes to the channel at once where
+    /// nothing waits before it.
+    #[inline(always)]
+    pub(super) fn admit(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<(), QueueFault> {
+        if self.limited
             && let Some((way, bytes)) = cost(&self.rows[number])
         {
             let queue = way as usize;
@@ -23,11 +24,14 @@ impl<E: DmaEngine> BlkLane<E> {
                 self.counters.throttled.add(1);
                 self.rows[number].stage = Stage::Throttled;
                 self.throttled[queue].push_back(number);
-                return;
+                return Ok(());
             }
         }
         self.rows[number].stage = Stage::Ready;
-        self.ready.push_back(number);
+        if !self.ready.is_empty() || !self.submit(now, number, channel)? {
+            self.ready.push_back(number);
+        }
+        Ok(())
     }
 
     pub(super) fn pass_limits(&mut self, now: Moment, way: Way, bytes: u64) -> bool {
@@ -48,7 +52,7 @@ impl<E: DmaEngine> BlkLane<E> {
         let stopping = self.state != State::Running;
         self.throttled_until = None;
         for way in [Way::Read, Way::Write] {
-            while let Some(&number) = self.throttled[way as usize].front() {
+            while let Some(number) = self.throttled[way as usize].front() {
                 let bytes = cost(&self.rows[number]).map_or(0, |(_, bytes)| bytes);
                 // A queue that is to stop does not wait for its limit.
                 if !stopping && !self.pass_limits(now, way, bytes) {
@@ -78,26 +82,35 @@ impl<E: DmaEngine> BlkLane<E> {
     #[inline]
     pub(super) fn submit_ready(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         let mut did = false;
-        while let Some(&number) = self.ready.front() {
-            let going = match self.rows[number].request {
-                Request::Transfer { write, offset, bytes } => {
-                    self.submit_transfer(now, number, write, offset, bytes, channel)?
-                }
-                Request::Flush => self.submit_one(number, BlockOperation::Flush, 0, 0, channel),
-                Request::Ranges { zero, count } => self.submit_ranges(now, number, zero, count, channel)?,
-                // Answered in `decode`.
-                Request::GetId => true,
-            };
-            if !going {
+        while let Some(number) = self.ready.front() {
+            let going = self.submit(now, number, channel);
+            if going == Ok(false) {
                 break;
             }
+            self.ready.pop_front();
+            going?;
             did = true;
         }
         Ok(did)
     }
 
-    /// Hands one request to the channel. Returns whether it was taken; then the row is off the ready queue.
-    #[inline]
+    /// Submits one request, which is in no queue or stays in front of the ready queue for the caller to take off. Returns false
+    /// if it must wait there; where it has failed or waits for copies it need not.
+    #[inline(always)]
+    fn submit(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
+        match self.rows[number].request {
+            Request::Transfer { write, offset, bytes } => {
+                self.submit_transfer(now, number, write, offset, bytes, channel)
+            }
+            Request::Flush => Ok(self.submit_one(number, BlockOperation::Flush, 0, 0, channel)),
+            Request::Ranges { zero, count } => self.submit_ranges(now, number, zero, count, channel),
+            // Answered in `decode`.
+            Request::GetId => Ok(true),
+        }
+    }
+
+    /// Hands one request to the channel. Returns whether it was taken.
+    #[inline(always)]
     pub(super) fn submit_one(
         &mut self,
         number: u16,
@@ -122,12 +135,11 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         row.outstanding += 1;
         row.stage = Stage::InChannel;
-        self.ready.pop_front();
         true
     }
 
     /// Submits a read or write: payload in place is lent for it, payload to be copied gets card memory first.
-    #[inline]
+    #[inline(always)]
     pub(super) fn submit_transfer(
         &mut self,
         now: Moment,
@@ -149,7 +161,6 @@ impl<E: DmaEngine> BlkLane<E> {
                 if let Err(fault) =
                     self.mirror.engine().lend(segment.address, segment.length, direction, &mut row.vectors)
                 {
-                    self.ready.pop_front();
                     self.end(now, number, Status::IoError, 0)?;
                     return Err(fault.into());
                 }
@@ -176,9 +187,8 @@ impl<E: DmaEngine> BlkLane<E> {
         Ok(self.submit_one(number, operation, offset, u64::from(bytes), channel))
     }
 
-    /// Copies the readable data of the request in front of the ready queue to card memory, and takes it off the queue.
+    /// Copies the readable data of a request to card memory.
     pub(super) fn fetch_payload(&mut self, now: Moment, number: u16, to: CardAddress) -> Result<(), QueueFault> {
-        self.ready.pop_front();
         let row = &mut self.rows[number];
         let mut at = to;
         for segment in &row.data {
@@ -215,7 +225,6 @@ impl<E: DmaEngine> BlkLane<E> {
             for index in 0..count {
                 let range = self.mirror.engine().card().get::<Range>(run.at.add(index * RANGE_BYTES));
                 if let Err(status) = range.parse(&self.shared, zero) {
-                    self.ready.pop_front();
                     self.end(now, number, status, 0)?;
                     return Ok(true);
                 }
@@ -239,7 +248,6 @@ impl<E: DmaEngine> BlkLane<E> {
             }
             self.rows[number].next_range += 1;
         }
-        self.ready.pop_front();
         self.rows[number].stage = Stage::InChannel;
         if self.rows[number].outstanding == 0 {
             self.end_ranges(now, number)?;

@@ -300,3 +300,25 @@ fn reads_cost_as_few_copies_as_promised() {
         assert!(each <= most, "{each} copies per read, indirect: {indirect}");
     }
 }
+
+#[test]
+fn lost_memory_is_noticed_before_the_lane_sleeps_and_named_as_what_it_is() {
+    crate::dma::install_bus_fault_guard().unwrap();
+    for (wanted, used_before) in [(0, false), (0, true), (features::RING_PACKED, false), (features::RING_PACKED, true)]
+    {
+        let mut bed = Bed::new(settings(), wanted, 16, false);
+        if used_before {
+            assert!(bed.guest.get_id(0));
+            bed.end(1);
+        }
+        bed.memory.file().set_len(0).unwrap();
+        bed.turn();
+        // Either found at once, or the lane must not go to sleep over it.
+        if bed.faults.0.lock().unwrap().is_empty() {
+            assert_eq!(bed.lane.arm(), Some(false), "{wanted:#x}, used before: {used_before}");
+            bed.turn();
+        }
+        bed.turn();
+        assert_eq!(*bed.faults.0.lock().unwrap(), [QueueFault::MemoryLost], "{wanted:#x}, used before: {used_before}");
+    }
+}
