@@ -76,8 +76,8 @@ struct Session {
     replies: bool,
 }
 
-/// Converses until the front end hangs up or breaks the protocol.
-pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>) {
+/// Converses until the front end hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
+pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>, stopping: &AtomicBool) {
     let rings = usize::from(function.queue_count());
     let events = Arc::new(Events {
         errors: Mutex::new(std::iter::repeat_with(|| None).take(rings).collect()),
@@ -112,6 +112,10 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         }
     };
     match end {
+        _ if stopping.load(Ordering::Acquire) => {
+            tracing::info!(function = name, "the link ends the connection");
+            super::drain(function.as_ref(), 0..rings as u16);
+        }
         Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
         // What was refused has been said.
         Error::ReqHandlerError(_) => {
