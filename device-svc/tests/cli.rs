@@ -146,6 +146,105 @@ fn a_card_from_start_to_end() {
 }
 
 #[test]
+fn a_function_that_exists_is_created_again_only_as_it_is() {
+    let served = Served::start(&[], &[]);
+    let control = ["--control", "unix:card.sock"];
+    let other = said(
+        &[&["volume", "create", "--name", "w", "--backend", "null,size=1M"], &control[..]].concat(),
+        served.path(),
+    );
+    assert!(other.starts_with("volume w created"), "{other}");
+    let first = ["--volume", "w", "--link", "vhost-user,socket=g.sock,socket-mode=0600", "--queues", "2"];
+    let function = |more: &[&str]| {
+        let arguments = [&["function", "create", "--name", "g"], more, &control].concat();
+        program(&arguments, served.path())
+    };
+    let output = function(&first);
+    assert!(output.status.success(), "{output:?}");
+    let output = function(&first);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.starts_with("function g is there already with these settings"), "{text}");
+    // Each setting counts, and the line says which one differs.
+    for (key, other) in [
+        ("queues", ["--volume", "w", "--link", "vhost-user,socket=g.sock,socket-mode=0600", "--queues", "3"]),
+        ("link", ["--volume", "w", "--link", "vhost-user,socket=h.sock,socket-mode=0600", "--queues", "2"]),
+        ("link", ["--volume", "w", "--link", "vhost-user,socket=g.sock,socket-mode=0660", "--queues", "2"]),
+        ("volume", ["--volume", "scratch", "--link", "vhost-user,socket=g.sock,socket-mode=0600", "--queues", "2"]),
+    ] {
+        let output = function(&other);
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{line}");
+        assert!(line.starts_with(&format!("device-svc: function \"g\": `{key}")), "{line}");
+    }
+    // One that is new, on a volume that another writes or a socket that another has, is refused; nothing of it stays.
+    for more in [["--link", "vhost-user,socket=k.sock"], ["--link", "vhost-user,socket=f.sock"]] {
+        let output = program(
+            &[&["function", "create", "--name", "k", "--volume", "scratch"], &more[..], &control].concat(),
+            served.path(),
+        );
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+    }
+    let list = said(&[&["function", "list", "--json"], &control[..]].concat(), served.path());
+    let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 2);
+    assert!(!served.path().join("k.sock").exists());
+    served.end(Signal::SIGTERM);
+}
+
+#[test]
+fn sockets_have_the_permissions_that_were_asked_for() {
+    use std::os::unix::fs::PermissionsExt;
+    let served = Served::start(&[], &[]);
+    let mode = |name: &str| served.path().join(name).metadata().unwrap().permissions().mode() & 0o777;
+    // The card's own socket is its owner's alone, host-shim's the group's too.
+    assert_eq!((mode("card.sock"), mode("shim.sock"), mode("f.sock")), (0o600, 0o660, 0o660));
+    for asked in ["0600", "0666"] {
+        let (name, socket) = (format!("g{asked}"), format!("g{asked}.sock"));
+        let volume = ["volume", "create", "--name", &name, "--backend", "null,size=1M", "--control", "unix:card.sock"];
+        said(&volume, served.path());
+        let link = format!("vhost-user,socket={socket},socket-mode={asked}");
+        let function = ["function", "create", "--name", &name, "--volume", &name, "--link", &link];
+        said(&[&function[..], &["--control", "unix:card.sock"]].concat(), served.path());
+        assert_eq!(mode(&socket), u32::from_str_radix(asked, 8).unwrap());
+    }
+    let path = served.path().to_owned();
+    served.end(Signal::SIGTERM);
+    assert!(!path.join("g0600.sock").exists() && !path.join("f.sock").exists());
+}
+
+#[test]
+fn a_card_is_found_where_it_is_by_default_or_where_control_says() {
+    let runtime = tempfile::tempdir().unwrap();
+    let runtime = runtime.path().to_str().unwrap();
+    let served = Served::start(&["--control", "unix:elsewhere.sock"], &[]);
+    let ask = |environment: &[(&str, &str)], more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_device-svc"));
+        command.args(["function", "list"]).args(more).current_dir(served.path()).envs(environment.iter().copied());
+        command.output().unwrap()
+    };
+    // The command line stands above the configuration.
+    assert!(!served.path().join("card.sock").exists());
+    assert!(ask(&[], &["--control", "unix:elsewhere.sock"]).status.success());
+    let absolute = format!("unix:{}/elsewhere.sock", served.path().display());
+    assert!(ask(&[], &["--control", &absolute]).status.success());
+    // Without it, the system's place is asked by root, the user's own by everybody else.
+    if nix::unistd::geteuid().is_root() {
+        // Another card may run on this machine: what counts is that the user's place is not asked.
+        let output = ask(&[("XDG_RUNTIME_DIR", runtime)], &[]);
+        assert!(!String::from_utf8_lossy(&output.stderr).contains(runtime), "{output:?}");
+    } else {
+        let output = ask(&[("XDG_RUNTIME_DIR", runtime)], &[]);
+        let place = format!("{runtime}/dray/card.sock");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(&place), "{output:?}");
+        std::fs::create_dir(format!("{runtime}/dray")).unwrap();
+        std::os::unix::fs::symlink(served.path().join("elsewhere.sock"), &place).unwrap();
+        assert!(ask(&[("XDG_RUNTIME_DIR", runtime)], &[]).status.success());
+    }
+    served.end(Signal::SIGTERM);
+}
+
+#[test]
 fn sigint_ends_a_card_too_and_systemd_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("notify.sock");

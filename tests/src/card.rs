@@ -40,10 +40,21 @@ impl Card {
         );
         let path = folder.path().join("card.toml");
         std::fs::write(&path, text.replace('@', &folder.path().display().to_string())).expect("the folder is writable");
-        let mut process =
-            Process::start(Command::new(crate::program("device-svc")).arg("serve").arg("--config").arg(&path));
+        Self { process: Self::serve(&path), folder }
+    }
+
+    fn serve(config: &Path) -> Process {
+        let mut command = Command::new(crate::program("device-svc"));
+        let mut process = Process::start(command.arg("serve").arg("--config").arg(config));
         process.wait_for_output("ready:");
-        Self { process, folder }
+        process
+    }
+
+    /// Ends the card by a signal and starts it again on the same configuration.
+    pub fn restart(&mut self, signal: nix::sys::signal::Signal) {
+        self.process.signal(signal);
+        self.process.end();
+        self.process = Self::serve(&self.folder.path().join("card.toml"));
     }
 
     /// A path in the card's folder.

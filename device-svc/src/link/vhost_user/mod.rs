@@ -21,14 +21,19 @@ mod ring;
 mod server;
 mod session;
 
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use super::FunctionSide;
 use server::Listening;
+
+/// How long queues may take to stop, all together, before what is left of them is abandoned.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Where and how a link meets its front end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -98,17 +103,36 @@ impl Shared {
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
         // The owner may have looked for a connection just before there was one.
         if !self.is_stopping() {
-            session::run(stream, &self.settings.function, &self.function);
+            session::run(stream, &self.settings.function, &self.function, &self.stopping);
         }
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Ends the connection. What is in flight completes before the front end sees the end: a VMM that sees it takes stock of
+    /// the rings at once, and would make requests again that complete a moment later.
     fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        if let Some(connection) = &*self.connection.lock().unwrap_or_else(PoisonError::into_inner) {
-            // A connection that is gone already needs no end.
-            let _ = connection.shutdown(std::net::Shutdown::Both);
+        let connection =
+            self.connection.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(UnixStream::try_clone);
+        // A connection that is gone already needs no end.
+        if let Some(Ok(connection)) = connection {
+            let _ = connection.shutdown(Shutdown::Read);
+            // Here and not only where the session ends: that may be stuck in an answer that the front end does not read.
+            drain(self.function.as_ref(), 0..self.function.queue_count());
+            let _ = connection.shutdown(Shutdown::Both);
         }
+    }
+}
+
+/// Stops queues, each when what it has in flight has completed.
+fn drain(function: &dyn FunctionSide, queues: impl Iterator<Item = u16>) {
+    let start = Instant::now();
+    for queue in queues {
+        // A server that does not answer costs each queue some patience; together they must not keep the service.
+        if start.elapsed() > DRAIN_TIME_MAX {
+            return;
+        }
+        function.stop_queue(queue);
     }
 }
 

@@ -22,8 +22,9 @@ use super::channel::{Channel, Peeked};
 use super::port::Event;
 use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::ring::{Ring, RingAddresses, decode_base, encode_base, fresh};
-use crate::address::{FrontEndAddress, Iova};
-use crate::link::{FunctionSide, HostEvents};
+use crate::address::{CardAddress, FrontEndAddress, Iova};
+use crate::dma::{CardMemory, CopyEngine, DmaEngine, HostMemory};
+use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart};
 use crate::virtqueue::features;
 
 /// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
@@ -75,8 +76,8 @@ struct Session {
     replies: bool,
 }
 
-/// Converses until the front end hangs up or breaks the protocol.
-pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>) {
+/// Converses until the front end hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
+pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>, stopping: &AtomicBool) {
     let rings = usize::from(function.queue_count());
     let events = Arc::new(Events {
         errors: Mutex::new(std::iter::repeat_with(|| None).take(rings).collect()),
@@ -111,6 +112,10 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         }
     };
     match end {
+        _ if stopping.load(Ordering::Acquire) => {
+            tracing::info!(function = name, "the link ends the connection");
+            super::drain(function.as_ref(), 0..rings as u16);
+        }
         Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
         // What was refused has been said.
         Error::ReqHandlerError(_) => {
@@ -181,7 +186,10 @@ impl Session {
 
     fn start(&self, number: u16) -> std::result::Result<(), String> {
         let accepted = self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let start = self.rings[usize::from(number)].start(number, &self.regions, accepted)?;
+        let mut start = self.rings[usize::from(number)].start(number, &self.regions, accepted)?;
+        if self.packed() && start.position == QueuePosition::default() && !was_used(&start, self.regions.memory()) {
+            start.position = fresh(true);
+        }
         tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
     }
@@ -444,6 +452,27 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
         Err(Error::InvalidMessage)
     }
+}
+
+/// Whether the first slot of a packed ring was ever used.
+///
+/// Some front ends (libblkio) give every fresh ring the base 0, packed ones too. Taken at its word that is the start of a second
+/// lap; but then the first slot was used in the lap before, and its used flag stays set until that slot's next use (virtio 1.3,
+/// 2.8.1). In a fresh ring it is clear, whether or not something is available there.
+fn was_used(start: &QueueStart, memory: &Arc<HostMemory>) -> bool {
+    const FLAGS_AT: u64 = 14;
+    const USED: u16 = 1 << 15;
+    let Ok(card) = CardMemory::new(4096) else { return true };
+    let mut engine = CopyEngine::new(card, Arc::clone(memory));
+    let flags_at = start.descriptors.checked_add(FLAGS_AT);
+    if flags_at.is_none_or(|at| engine.read(at, CardAddress(0), 2).is_err()) {
+        // Outside memory: refused when the queue starts.
+        return true;
+    }
+    engine.submit();
+    let mut flags = [0; 2];
+    engine.card().copy_out(CardAddress(0), &mut flags);
+    u16::from_le_bytes(flags) & USED != 0
 }
 
 fn slot_of(region: &VhostUserSingleMemoryRegion) -> Slot {

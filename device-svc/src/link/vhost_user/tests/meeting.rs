@@ -139,3 +139,26 @@ fn half_a_message_stalls_no_other_connection() {
     assert_eq!(half.function.count(&Call::Detach), 1);
     front_end.wait_for_end();
 }
+
+#[test]
+fn a_link_that_stops_lets_its_queues_finish_before_it_hangs_up() {
+    let mut bed = Bed::server("drain");
+    let mut guest = bed.connect(0);
+    let queues = [guest.queue(16), guest.queue(16)];
+    let _events: Vec<_> = (0..2).map(|index| guest.front_end.start_queue(index, 16, &queues[index]).unwrap()).collect();
+    bed.link.stop();
+    let calls = bed.function.with(|record| record.calls.clone());
+    let at = |call: &Call| calls.iter().position(|other| other == call);
+    assert!(at(&Call::Stop(0)) < at(&Call::Detach) && at(&Call::Stop(1)) < at(&Call::Detach), "{calls:?}");
+    assert!(at(&Call::Stop(0)).is_some() && at(&Call::Stop(1)).is_some(), "{calls:?}");
+
+    // A front end that asks and asks and does not read keeps nobody.
+    let mut bed = Bed::server("drain-2");
+    let mut front_end = RawFrontEnd::connect(&bed.socket());
+    bed.function.wait_for(|record| record.calls.contains(&Call::Attach));
+    front_end.0.set_nonblocking(true).unwrap();
+    let question = raw::message(raw::GET_FEATURES, raw::PLAIN, &[]);
+    while front_end.0.write(&question).is_ok_and(|written| written == question.len()) {}
+    bed.link.stop();
+    assert_eq!(bed.function.count(&Call::Detach), 1);
+}

@@ -275,6 +275,16 @@ fn a_packed_ring_says_slots_and_wrap_counters() {
         record.advance = 1;
     });
     assert_eq!(base(&mut front_end), raw::state(2, 0x8064_0008));
+
+    // A base of 0 is the start of a second lap if the first slot was used in the first, and else a front end's way to say fresh.
+    for (flags, wrap) in [(0_u16, true), (1 << 7, true), (1 << 7 | 1 << 15, false), (1 << 15, false)] {
+        memory.put(Iova(14), flags);
+        assert_eq!(front_end.ask(raw::SET_VRING_BASE, &raw::state(2, 0), &[]), 0);
+        assert_eq!(front_end.ask(raw::SET_VRING_KICK, &raw::words(&[2 | 0x100]), &[]), 0);
+        let position = bed.function.with(|record| record.running[&2].position);
+        assert_eq!(position, QueuePosition { avail_wrap: wrap, used_wrap: wrap, ..QueuePosition::default() });
+        base(&mut front_end);
+    }
 }
 
 #[test]

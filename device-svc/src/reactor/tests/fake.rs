@@ -1,0 +1,224 @@
+//! A lane and a channel that note what is asked of them, and end requests when the test says so.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use super::PATIENCE;
+use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
+use crate::clock::Moment;
+use crate::device::Lane;
+use crate::dma::HostMemory;
+use crate::link::{QueuePosition, QueueStart};
+
+/// What was asked of a lane or channel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Note {
+    Turn(u16),
+    Armed(u16),
+    Doorbell(u16),
+    Stop(u16),
+    Memory(u16),
+    AskedStopped,
+    AskedLetGo,
+    Submitted(u32),
+    Completed(u32),
+    ChannelDropped,
+    LaneDropped(u16),
+}
+
+#[derive(Default)]
+pub(super) struct Record {
+    notes: Mutex<Vec<Note>>,
+    changed: Condvar,
+    released: std::sync::atomic::AtomicBool,
+}
+
+impl Record {
+    fn note(&self, note: Note) {
+        self.notes.lock().unwrap().push(note);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn with<T>(&self, look: impl FnOnce(&[Note]) -> T) -> T {
+        look(&self.notes.lock().unwrap())
+    }
+
+    #[track_caller]
+    pub(super) fn wait_for(&self, what: impl Fn(&[Note]) -> bool) {
+        let notes = self.notes.lock().unwrap();
+        let (notes, _) = self.changed.wait_timeout_while(notes, PATIENCE, |notes| !what(notes)).unwrap();
+        assert!(what(&notes), "waited too long; of {} notes the last: {:?}", notes.len(), notes.last());
+    }
+
+    /// From now on requests end.
+    pub(super) fn release(&self) {
+        self.released.store(true, std::sync::atomic::Ordering::Release);
+    }
+}
+
+pub(super) struct FakeChannel {
+    record: Arc<Record>,
+    held: Vec<Tag>,
+}
+
+impl FakeChannel {
+    pub(super) fn new(record: &Arc<Record>) -> Self {
+        Self { record: Arc::clone(record), held: Vec::new() }
+    }
+}
+
+impl BlockChannel for FakeChannel {
+    fn submit(&mut self, request: BlockRequest) -> Result<(), BlockRequest> {
+        self.held.push(request.tag);
+        self.record.note(Note::Submitted(request.tag.row));
+        Ok(())
+    }
+
+    fn poll(&mut self, _now: Moment, completions: &mut Vec<Completion>) {
+        if self.record.released.load(std::sync::atomic::Ordering::Acquire) {
+            completions.extend(self.held.drain(..).map(|tag| Completion { tag, result: Ok(()) }));
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len()
+    }
+
+    fn wake_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        // Nothing wakes a reactor when the test lets go, so the channel asks to be looked at.
+        (!self.held.is_empty()).then(|| Moment::now().after(Duration::from_millis(1)))
+    }
+}
+
+impl Drop for FakeChannel {
+    fn drop(&mut self) {
+        self.record.note(Note::ChannelDropped);
+    }
+}
+
+pub(super) struct FakeLane {
+    record: Arc<Record>,
+    queue: u16,
+    number: u32,
+    in_flight: u32,
+    submitted: u32,
+    /// It has work in every turn.
+    pub(super) busy: bool,
+    /// How many requests it submits in all.
+    pub(super) requests: u32,
+    /// What is waited on for doorbells.
+    pub(super) doorbell: Option<OwnedFd>,
+    /// It wants a turn this often.
+    pub(super) deadline: Option<Duration>,
+}
+
+impl FakeLane {
+    pub(super) fn new(record: &Arc<Record>, queue: u16) -> Self {
+        Self {
+            record: Arc::clone(record),
+            queue,
+            number: 0,
+            in_flight: 0,
+            submitted: 0,
+            busy: false,
+            requests: 0,
+            doorbell: None,
+            deadline: None,
+        }
+    }
+}
+
+impl Lane for FakeLane {
+    fn set_number(&mut self, number: u32) {
+        self.number = number;
+    }
+
+    fn turn(&mut self, _now: Moment, channel: &mut dyn BlockChannel) -> bool {
+        self.record.note(Note::Turn(self.queue));
+        let did = self.submitted < self.requests;
+        while self.submitted < self.requests {
+            let tag = Tag { lane: self.number, row: self.submitted };
+            let operation = BlockOperation::Flush;
+            let request = BlockRequest { tag, operation, offset: 0, length: 0, segments: Segments::NONE };
+            channel.submit(request).unwrap();
+            self.submitted += 1;
+            self.in_flight += 1;
+        }
+        did || self.busy
+    }
+
+    fn complete(&mut self, _now: Moment, row: u32, _result: Result<(), BlockFault>) {
+        self.in_flight -= 1;
+        self.record.note(Note::Completed(row));
+    }
+
+    fn finish_turn(&mut self, _now: Moment) -> bool {
+        false
+    }
+
+    fn arm(&mut self) -> Option<bool> {
+        self.record.note(Note::Armed(self.queue));
+        Some(true)
+    }
+
+    fn doorbell_fd(&self) -> Option<RawFd> {
+        self.doorbell.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    fn take_doorbell(&mut self) {
+        let mut count = [0; 8];
+        if nix::unistd::read(self.doorbell.as_ref().unwrap(), &mut count).is_ok() {
+            self.record.note(Note::Doorbell(self.queue));
+        }
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        self.deadline.map(|wait| Moment::now().after(wait))
+    }
+
+    fn stop(&mut self, _now: Moment) {
+        self.record.note(Note::Stop(self.queue));
+    }
+
+    fn is_stopped(&mut self, _now: Moment) -> bool {
+        self.record.note(Note::AskedStopped);
+        self.in_flight == 0
+    }
+
+    fn position(&self) -> QueuePosition {
+        QueuePosition { next_avail: self.submitted as u16, ..QueuePosition::default() }
+    }
+
+    fn has_parked(&self) -> bool {
+        false
+    }
+
+    fn resume(&mut self, _start: QueueStart) {}
+
+    fn abandon(&mut self) {}
+
+    fn is_let_go(&mut self) -> bool {
+        self.record.note(Note::AskedLetGo);
+        self.in_flight == 0
+    }
+
+    fn is_drained(&mut self) -> bool {
+        self.in_flight == 0
+    }
+
+    fn offer_memory(&mut self, _memory: &Arc<HostMemory>) -> bool {
+        self.record.note(Note::Memory(self.queue));
+        self.in_flight == 0
+    }
+}
+
+impl Drop for FakeLane {
+    fn drop(&mut self) {
+        self.record.note(Note::LaneDropped(self.queue));
+    }
+}
