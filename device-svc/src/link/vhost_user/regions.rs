@@ -55,8 +55,10 @@ impl Regions {
         // Rounding up must not ask for more than the file has.
         let whole = length.ok_or(MemoryError::BadRange { start: slot.guest, length: slot.length })?;
         let has = file.metadata().map_or(u64::MAX, |metadata| metadata.len());
-        let length = if slot.file_offset - skip + whole <= has { whole } else { end - (slot.file_offset - skip) };
-        let mapping = Arc::new(Mapping::new(file, slot.file_offset - skip, length)?);
+        let start = slot.file_offset - skip;
+        let length =
+            if start.checked_add(whole).is_some_and(|whole_end| whole_end <= has) { whole } else { end - start };
+        let mapping = Arc::new(Mapping::new(file, start, length)?);
         let region = Region::new(slot.guest, slot.length, mapping, skip as usize)?;
         let memory = Arc::new(self.memory.with(region)?);
         let mut slots = self.slots.clone();
@@ -101,3 +103,6 @@ fn page_bytes_of(file: &File) -> u64 {
         _ => 4096,
     }
 }
+
+#[cfg(test)]
+mod tests;
