@@ -7,7 +7,7 @@ mod card;
 mod process;
 
 pub use card::{Card, CardSettings};
-pub use process::{Process, wait_for};
+pub use process::{Log, Process, wait_for};
 
 use std::path::PathBuf;
 

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,25 @@ pub fn wait_for(name: &str, mut what: impl FnMut() -> bool) {
 pub struct Process {
     name: String,
     child: Child,
-    output: Arc<Mutex<String>>,
+    output: Log,
     /// The threads that collect the output; each ends with its pipe.
     readers: Vec<JoinHandle<()>>,
+}
+
+/// What a program says, as it says it.
+#[derive(Clone, Debug, Default)]
+pub struct Log(Arc<Mutex<String>>);
+
+impl Log {
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything so far.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.lock().clone()
+    }
 }
 
 impl Process {
@@ -45,16 +61,16 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{name}: {error}"));
-        let output = Arc::new(Mutex::new(String::new()));
+        let output = Log::default();
         let pipes: [Option<Box<dyn Read + Send>>; 2] = [
             child.stdout.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
             child.stderr.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
         ];
         let collect = |pipe| {
-            let output = Arc::clone(&output);
+            let output = output.clone();
             std::thread::spawn(move || {
                 for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-                    let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut output = output.lock();
                     output.push_str(&String::from_utf8_lossy(&line));
                     output.push('\n');
                 }
@@ -67,7 +83,13 @@ impl Process {
     /// Everything it has said.
     #[must_use]
     pub fn output(&self) -> String {
-        self.output.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.output.text()
+    }
+
+    /// The same while it goes on, for other threads.
+    #[must_use]
+    pub fn log(&self) -> Log {
+        self.output.clone()
     }
 
     /// Its process id.

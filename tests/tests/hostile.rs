@@ -9,7 +9,7 @@ use std::sync::{Barrier, Mutex};
 use device_svc::driver::client::{Client, ClientSettings};
 use device_svc::driver::hostile::{Told, converse, truncate_memory};
 use device_svc::virtqueue::features;
-use tests::{Card, CardSettings, rounds, wait_for};
+use tests::{Card, CardSettings, Log, rounds, wait_for};
 
 /// The functions that are attacked: name, backend, further keys of the link and the function. All have two queues.
 const ATTACKED: [(&str, &str, &str, &str); 5] = [
@@ -114,6 +114,13 @@ fn resident_kib(process: u32) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// The end of what the service said of a function.
+fn last_words(log: &Log, name: &str) -> String {
+    let log = log.text();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains(name) || line.contains("panicked")).collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
 /// The conversations of a function in the log: how many warnings each had.
 fn warnings(log: &str, name: &str) -> Vec<u32> {
     let function = format!("function={name} ");
@@ -141,6 +148,7 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
     let all: Mutex<BTreeMap<&str, Vec<Told>>> = Mutex::default();
     let (warm, go_on) = (Barrier::new(ATTACKED.len() + 1), Barrier::new(ATTACKED.len() + 1));
     let (mut before, mut resident_before) = (0, 0);
+    let log = card.process().log();
     std::thread::scope(|scope| {
         let beside = scope.spawn(|| {
             let mut clients = [connect(&card, NEIGHBOURS[0].0, false), connect(&card, NEIGHBOURS[1].0, true)];
@@ -158,7 +166,7 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
             .iter()
             .enumerate()
             .map(|(place, (name, ..))| {
-                let (card, all, warm, go_on) = (&card, &all, &warm, &go_on);
+                let (card, all, warm, go_on, log) = (&card, &all, &warm, &go_on, &log);
                 scope.spawn(move || {
                     let attack = || {
                         let mut told = Vec::new();
@@ -171,7 +179,9 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
                             }
                             let seed = first + place as u64 * 1_000_000 + u64::from(number);
                             let one = converse(&card.path(&format!("{name}.sock")), seed);
-                            told.push(one.unwrap_or_else(|misdeed| panic!("{name}: {misdeed}")));
+                            told.push(
+                                one.unwrap_or_else(|misdeed| panic!("{name}: {misdeed}\n{}", last_words(log, name))),
+                            );
                         }
                         serves(card, name, each);
                         all.lock().unwrap().insert(*name, told);

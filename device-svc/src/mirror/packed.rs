@@ -260,7 +260,7 @@ impl PackedMirror {
                 }
                 place = place.advance(1, size);
             }
-            self.ring.take(found.slots);
+            self.ring.take(found.slots)?;
             sink(engine, self.walk.chain(id, found.slots));
         }
         Ok(())

@@ -72,6 +72,28 @@ fn a_flooding_queue_gets_one_turn_for_each_of_its_neighbour() {
 }
 
 #[test]
+fn busy_queues_share_what_one_fetches_alone() {
+    let bed = Bed::new(PollConfig::Always);
+    let share = |queue: u16| {
+        move |notes: &[Note]| {
+            notes.iter().rev().find_map(|note| match note {
+                Note::Share(number, chains_max) if *number == queue => Some(*chains_max),
+                _ => None,
+            })
+        }
+    };
+    bed.start(0, |lane| lane.busy = true);
+    bed.record.wait_for(|notes| share(0)(notes) == Some(32));
+    bed.start(1, |lane| lane.busy = true);
+    bed.record.wait_for(|notes| share(0)(notes) == Some(16) && share(1)(notes) == Some(16));
+    for queue in 2..40 {
+        bed.start(queue, |lane| lane.busy = true);
+    }
+    // However many there are, each gets a few.
+    bed.record.wait_for(|notes| (0..40).all(|queue| share(queue)(notes) == Some(4)));
+}
+
+#[test]
 fn a_stop_waits_for_what_is_in_flight() {
     let bed = Bed::new(PollConfig::Adaptive);
     bed.start(0, |lane| lane.requests = 3);

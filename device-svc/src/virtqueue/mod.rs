@@ -93,6 +93,12 @@ pub enum RingFault {
         /// Entries of the ring.
         size: u16,
     },
+    /// Slots of a packed ring were made available again before they were used.
+    #[error("more than the {size} descriptors of the ring are available")]
+    AvailableTwice {
+        /// Slots of the ring.
+        size: u16,
+    },
     /// A descriptor number that the table does not have.
     #[error("descriptor {number} does not exist in a table of {size}")]
     NoSuchDescriptor {

@@ -4,7 +4,7 @@
 //! One ring serves both ways. Each side keeps a position and a wrap counter; a descriptor is available when its `AVAIL` bit
 //! equals the driver's wrap counter and its `USED` bit does not.
 
-use super::QueueAddresses;
+use super::{QueueAddresses, RingFault};
 use crate::address::Iova;
 
 /// `VIRTQ_DESC_F_AVAIL`.
@@ -58,6 +58,8 @@ pub struct PackedRing {
     next_used: Place,
     /// Slots from the last published used place to `next_used`.
     staged_slots: u16,
+    /// Slots that were taken and are not yet published as used, at most the ring's.
+    taken_slots: u16,
 }
 
 impl PackedRing {
@@ -65,7 +67,7 @@ impl PackedRing {
     #[must_use]
     pub const fn new(size: u16, at: QueueAddresses, next_avail: Place, next_used: Place) -> Self {
         assert!(size > 0 && size <= super::QUEUE_SIZE_MAX && next_avail.slot < size && next_used.slot < size);
-        Self { size, at, next_avail, next_used, staged_slots: 0 }
+        Self { size, at, next_avail, next_used, staged_slots: 0, taken_slots: 0 }
     }
 
     /// Slots.
@@ -96,10 +98,18 @@ impl PackedRing {
         (flags & AVAIL != 0) == place.wrap && (flags & USED != 0) != place.wrap
     }
 
-    /// Takes a chain of `slots` off the ring.
+    /// Takes a chain of `slots` (at most the ring's) off the ring.
+    ///
+    /// # Errors
+    /// When slots are available again before they were used: the driver owns them again only then (virtio 1.3, 2.8).
     #[inline]
-    pub const fn take(&mut self, slots: u16) {
+    pub const fn take(&mut self, slots: u16) -> Result<(), RingFault> {
+        if slots > self.size - self.taken_slots {
+            return Err(RingFault::AvailableTwice { size: self.size });
+        }
+        self.taken_slots += slots;
         self.next_avail = self.next_avail.advance(slots, self.size);
+        Ok(())
     }
 
     /// Stages the used descriptor of a chain that took `slots`; returns where it goes.
@@ -131,6 +141,7 @@ impl PackedRing {
     pub const fn publish(&mut self) -> u16 {
         let slots = self.staged_slots;
         self.staged_slots = 0;
+        self.taken_slots -= slots;
         slots
     }
 

@@ -77,7 +77,8 @@ impl Header {
             spec::VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
             spec::VIRTIO_BLK_T_DISCARD if shared.discard => self.ranges(shared, false, readable),
             spec::VIRTIO_BLK_T_WRITE_ZEROES if shared.write_zeroes => self.ranges(shared, true, readable),
-            spec::VIRTIO_BLK_T_GET_ID if writable >= ID_BYTES => Ok(Request::GetId),
+            // With data to read, the row's data buffers are those, and none of them is the device's to write.
+            spec::VIRTIO_BLK_T_GET_ID if writable >= ID_BYTES && readable == 0 => Ok(Request::GetId),
             spec::VIRTIO_BLK_T_GET_ID => Err(Status::IoError),
             _ => Err(Status::Unsupported),
         }

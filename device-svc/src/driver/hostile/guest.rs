@@ -206,8 +206,12 @@ impl Ring {
             // A packed ring's buffer id stands where a split ring's link does.
             let next = if self.packed { head } else { link.next.unwrap_or(slot + 1) };
             let at = guest.base() + TABLE_AT + 16 * u64::from(slot);
-            // The first one last: a packed chain is available with it.
-            guest.write(at, &link.bytes(self.packed, next, AVAIL));
+            let bytes = link.bytes(self.packed, next, AVAIL);
+            // A packed chain is available with the flags of its first descriptor, so those come last: a write to a file is
+            // seen in no particular order.
+            let (body, flags) = bytes.split_at(14);
+            guest.write(at, body);
+            guest.write(at + 14, flags);
         }
         self.next = head + count;
         self.entry(guest, head);

@@ -102,3 +102,6 @@ fn page_bytes_of(file: &File) -> u64 {
         _ => 4096,
     }
 }
+
+#[cfg(test)]
+mod tests;

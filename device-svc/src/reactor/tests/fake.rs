@@ -15,6 +15,8 @@ use crate::link::{QueuePosition, QueueStart};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Note {
     Turn(u16),
+    /// It may fetch so many chains in a turn from now on.
+    Share(u16, u16),
     Armed(u16),
     Doorbell(u16),
     Stop(u16),
@@ -115,6 +117,7 @@ pub(super) struct FakeLane {
     pub(super) doorbell: Option<OwnedFd>,
     /// It wants a turn this often.
     pub(super) deadline: Option<Duration>,
+    chains_max: u16,
 }
 
 impl FakeLane {
@@ -128,6 +131,7 @@ impl FakeLane {
             busy: false,
             requests: 0,
             doorbell: None,
+            chains_max: 0,
             deadline: None,
         }
     }
@@ -138,7 +142,11 @@ impl Lane for FakeLane {
         self.number = number;
     }
 
-    fn turn(&mut self, _now: Moment, channel: &mut dyn BlockChannel) -> bool {
+    fn turn(&mut self, _now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool {
+        if self.chains_max != chains_max {
+            self.chains_max = chains_max;
+            self.record.note(Note::Share(self.queue, chains_max));
+        }
         self.record.note(Note::Turn(self.queue));
         let did = self.submitted < self.requests;
         while self.submitted < self.requests {

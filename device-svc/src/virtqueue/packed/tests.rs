@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use proptest::prelude::*;
 
 use super::*;
@@ -16,6 +18,20 @@ fn flags_mean_available_only_on_their_own_lap() {
     assert!(!PackedRing::is_available(AVAIL | USED, first), "used on this lap");
     assert!(!PackedRing::is_available(AVAIL | USED, second), "used on the lap before");
     assert!(PackedRing::is_available(USED, second));
+}
+
+#[test]
+fn slots_are_taken_again_only_when_their_use_was_published() {
+    let mut ring = ring(32768, Place { slot: 0, wrap: true });
+    for _ in 0..128 {
+        ring.take(256).unwrap();
+    }
+    assert_eq!(ring.take(1), Err(RingFault::AvailableTwice { size: 32768 }));
+    ring.stage_used(256);
+    assert_eq!(ring.take(1), Err(RingFault::AvailableTwice { size: 32768 }), "staged is not yet seen by the driver");
+    assert_eq!(ring.publish(), 256);
+    ring.take(256).unwrap();
+    assert_eq!(ring.take(1), Err(RingFault::AvailableTwice { size: 32768 }));
 }
 
 proptest! {
@@ -40,6 +56,7 @@ proptest! {
         let at = |n: u32| Place { slot: (n % u32::from(size)) as u16, wrap: (n / u32::from(size)).is_multiple_of(2) };
         let mut ring = ring(size, at(start));
         for _ in 0..count {
+            ring.take(1).unwrap();
             ring.stage_used(1);
         }
         let published = ring.publish();

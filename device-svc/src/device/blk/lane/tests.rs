@@ -322,3 +322,23 @@ fn lost_memory_is_noticed_before_the_lane_sleeps_and_named_as_what_it_is() {
         assert_eq!(*bed.faults.0.lock().unwrap(), [QueueFault::MemoryLost], "{wanted:#x}, used before: {used_before}");
     }
 }
+
+#[test]
+fn get_id_writes_no_buffer_that_the_driver_made_readable() {
+    let mut bed = Bed::new(settings(), 0, 16, false);
+    let (line, readable, writable) = (bed.memory.take(32, 16), bed.memory.take(64, 16), bed.memory.take(64, 16));
+    bed.memory.put(line, 8u32);
+    bed.memory.put(Iova(line.0 + 16), 255u8);
+    bed.memory.copy_in(readable, &[7; 64]);
+    let buffer = |address, length, writable| crate::driver::Buffer { address, length, writable };
+    let status = Iova(line.0 + 16);
+    let chain =
+        [buffer(line, 16, false), buffer(readable, 64, false), buffer(writable, 20, true), buffer(status, 1, true)];
+    assert!(bed.guest.queue().add(&chain, 0));
+    bed.guest.publish();
+    bed.turn();
+    assert_eq!(bed.memory.get::<u8>(status), 1, "refused");
+    let mut kept = [0; 64];
+    bed.memory.copy_out(readable, &mut kept);
+    assert_eq!(kept, [7; 64]);
+}

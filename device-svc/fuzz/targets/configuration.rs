@@ -1,0 +1,33 @@
+//! Any text as a configuration: refused in one line that names the place, or taken, and then taken again.
+#![no_main]
+
+use std::path::Path;
+
+use device_svc::config::Config;
+use device_svc::config::quantity::{format_duration, format_size, parse_duration, parse_size};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    match Config::parse(text, "card.toml", Path::new("/etc/dray")) {
+        Ok(config) => {
+            for function in &config.functions {
+                assert!(
+                    config.volumes.iter().any(|volume| volume.name == function.volume),
+                    "a function without a volume"
+                );
+                assert!(function.queues > 0 && function.queue_size > 0);
+            }
+        }
+        Err(error) => {
+            let said = error.to_string();
+            assert_eq!(said.lines().count(), 1, "{said:?}");
+            assert!(said.contains("card.toml"), "{said:?}");
+        }
+    }
+    if let Ok(bytes) = parse_size(text) {
+        assert_eq!(parse_size(&format_size(bytes)), Ok(bytes));
+    }
+    if let Ok(duration) = parse_duration(text) {
+        assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
+    }
+});
