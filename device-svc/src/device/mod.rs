@@ -27,8 +27,8 @@ pub trait Lane: Send {
     /// Its number on its reactor from now on: what the tags of its requests carry.
     fn set_number(&mut self, number: u32);
 
-    /// Fetches, decodes and submits. Returns whether there was something to do.
-    fn turn(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> bool;
+    /// Fetches at most `chains_max` chains, decodes and submits. Returns whether there was something to do.
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool;
 
     /// One request of this lane has ended in the channel.
     fn complete(&mut self, now: Moment, row: u32, result: Result<(), BlockFault>);

@@ -16,12 +16,17 @@ use crate::clock::Moment;
 use crate::device::Lane;
 use crate::dma::HostMemory;
 use crate::metrics::ReactorCounters;
+use crate::mirror::FETCH_MAX;
 
 /// How long an idle reactor spins before it sleeps: several times what a wake-up costs, so that a guest which answers
 /// quickly never pays it.
 const SPIN: Duration = Duration::from_micros(60);
 /// How often channels without requests are polled, in turns: to notice that a server has come back.
 const IDLE_CHANNEL_TURNS: u64 = 256;
+/// How many turns a lane counts as active after it had work: as long as a guest takes to add its next request.
+const ACTIVE_TURNS: u64 = 64;
+/// Chains that a lane may fetch in a turn, however many others are active.
+const CHAINS_MIN: u16 = 4;
 /// Events taken at one wake-up; more wait for the next.
 const EVENTS: usize = 64;
 /// How long a stopped or abandoned lane's waiters may have to wait for a turn while the reactor sleeps.
@@ -36,6 +41,8 @@ struct LaneSlot {
     key: QueueKey,
     lane: Box<dyn Lane>,
     channel: usize,
+    /// The turn in which it last had work.
+    worked_in: u64,
     /// Abandoned: kept only until its channel has no request of it.
     abandoned: bool,
 }
@@ -62,6 +69,8 @@ pub(super) struct Turning {
     waits: Vec<Wait>,
     completions: Vec<Completion>,
     turns: u64,
+    /// Lanes that had work in one of the last turns.
+    active: u16,
     /// Abandoned lanes that are still in a slot.
     abandoned: usize,
     shutdown: bool,
@@ -80,6 +89,7 @@ impl Turning {
             waits: Vec::new(),
             completions: Vec::with_capacity(4096),
             turns: 0,
+            active: 0,
             abandoned: 0,
             shutdown: false,
         };
@@ -128,10 +138,17 @@ impl Turning {
             did = true;
         }
         self.turns += 1;
+        // A queue alone takes large batches; queues beside each other take smaller ones, so that none waits long for another.
+        let chains_max = (FETCH_MAX / self.active.max(1)).max(CHAINS_MIN);
+        self.active = 0;
         for slot in self.lanes.iter_mut().flatten() {
-            if let Some(Some(channel)) = self.channels.get_mut(slot.channel) {
-                did |= slot.lane.turn(now, channel.channel.as_mut());
+            if let Some(Some(channel)) = self.channels.get_mut(slot.channel)
+                && slot.lane.turn(now, chains_max, channel.channel.as_mut())
+            {
+                did = true;
+                slot.worked_in = self.turns;
             }
+            self.active += u16::from(self.turns - slot.worked_in < ACTIVE_TURNS);
         }
         let idle_too = self.turns.is_multiple_of(IDLE_CHANNEL_TURNS);
         for slot in self.channels.iter_mut().flatten() {
@@ -217,7 +234,7 @@ impl Turning {
         };
         let number = free_slot(&mut self.lanes);
         lane.set_number(number as u32);
-        self.lanes[number] = Some(LaneSlot { key, lane, channel, abandoned: false });
+        self.lanes[number] = Some(LaneSlot { key, lane, channel, worked_in: self.turns, abandoned: false });
         self.watch_doorbell(number);
         self.count_lanes();
     }

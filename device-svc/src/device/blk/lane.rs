@@ -25,7 +25,7 @@ use crate::backend::{BlockChannel, BlockFault, PayloadPlace};
 use crate::clock::Moment;
 use crate::device::pages::PAGE_BYTES;
 use crate::device::{FaultReport, Lane, Pages, QueueFault};
-use crate::dma::{DmaEngine, HostMemory};
+use crate::dma::{DmaCounters, DmaEngine, HostMemory};
 use crate::link::{QueuePort, QueuePosition, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Mirror};
@@ -81,6 +81,8 @@ pub struct BlkLane<E> {
     in_order: bool,
     shared: Arc<BlkShared>,
     counters: Arc<QueueCounters>,
+    /// What the engine had counted when it was last added to the counters.
+    counted: DmaCounters,
     report: Arc<dyn FaultReport>,
     port: Box<dyn QueuePort>,
     rows: Rows,
@@ -142,6 +144,7 @@ impl<E: DmaEngine> BlkLane<E> {
             in_order: start.features & features::IN_ORDER != 0,
             shared,
             counters,
+            counted: DmaCounters::default(),
             report,
             port: start.port,
             rows: Rows::new(count),
@@ -182,7 +185,7 @@ impl<E: DmaEngine> BlkLane<E> {
         self.rows.give_back(number);
     }
 
-    fn work(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
+    fn work(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
         let mut did = false;
         self.limited = self.shared.limits.iter().any(|limit| limit.is_limited());
         if self.throttled_until.is_some_and(|until| until <= now) || self.throttled_in_the_way() {
@@ -201,7 +204,7 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         let unfinished = matches!(self.state, State::Stopping(_)) && self.mirror.is_fetching() && !self.ring_gone;
         if (self.state == State::Running && self.ready.is_empty()) || unfinished {
-            did |= self.fetch(now)?;
+            did |= self.fetch(now, chains_max)?;
         }
         // Twice: where copies land at once, a write's header and then its payload are here in the same turn.
         for _ in 0..2 {
@@ -240,18 +243,21 @@ impl<E: DmaEngine> BlkLane<E> {
         Ok(true)
     }
 
+    /// Adds what has crossed since the last time. Counters live longer than lanes: a queue that starts again goes on counting.
+    /// (An engine takes back the read of a poll that found nothing, so a difference may be negative.)
     #[inline]
-    fn count(&self) {
+    fn count(&mut self) {
         let dma = self.mirror.engine_ref().counters();
+        let before = std::mem::replace(&mut self.counted, dma);
         let counters = &self.counters;
         counters.in_flight.set(u64::from(self.rows.in_use()));
-        counters.dma_reads.set(dma.reads);
-        counters.dma_writes.set(dma.writes);
-        counters.dma_read_bytes.set(dma.read_bytes);
-        counters.dma_write_bytes.set(dma.write_bytes);
-        counters.dma_empty_polls.set(dma.empty_polls);
-        counters.dma_lent.set(dma.lent);
-        counters.dma_lent_bytes.set(dma.lent_bytes);
+        counters.dma_reads.add(dma.reads.wrapping_sub(before.reads));
+        counters.dma_writes.add(dma.writes.wrapping_sub(before.writes));
+        counters.dma_read_bytes.add(dma.read_bytes.wrapping_sub(before.read_bytes));
+        counters.dma_write_bytes.add(dma.write_bytes.wrapping_sub(before.write_bytes));
+        counters.dma_empty_polls.add(dma.empty_polls.wrapping_sub(before.empty_polls));
+        counters.dma_lent.add(dma.lent.wrapping_sub(before.lent));
+        counters.dma_lent_bytes.add(dma.lent_bytes.wrapping_sub(before.lent_bytes));
     }
 
     /// Whether the channel has requests of this lane.
@@ -266,14 +272,14 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     #[inline]
-    fn turn(&mut self, now: Moment, channel: &mut dyn BlockChannel) -> bool {
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool {
         if self.state == State::Abandoned {
             return false;
         }
         if self.state == State::Running && self.mirror.engine_ref().memory().is_lost() {
             self.fail(QueueFault::MemoryLost);
         }
-        match self.work(now, channel) {
+        match self.work(now, chains_max, channel) {
             Ok(did) => did,
             Err(fault) => {
                 // A ring that is broken while it stops is not fetched from again.

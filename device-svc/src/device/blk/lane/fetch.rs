@@ -14,8 +14,8 @@ use crate::virtqueue::{Chain, Segment};
 impl<E: DmaEngine> BlkLane<E> {
     /// Pops what is there, as far as rows are free, and asks for the headers.
     #[inline]
-    pub(super) fn fetch(&mut self, now: Moment) -> Result<bool, QueueFault> {
-        let budget = self.rows.free_count();
+    pub(super) fn fetch(&mut self, now: Moment, chains_max: u16) -> Result<bool, QueueFault> {
+        let budget = self.rows.free_count().min(chains_max);
         let Self { mirror, rows, landing, order, row_memory, in_order, sequence, .. } = self;
         let mut bad = None;
         let fetched = mirror.fetch(budget, |engine, chain| {

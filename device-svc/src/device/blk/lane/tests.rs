@@ -106,7 +106,7 @@ impl Bed {
     fn turn(&mut self) {
         self.now += 1000;
         let now = Moment(self.now);
-        self.lane.turn(now, self.channel.as_mut());
+        self.lane.turn(now, crate::mirror::FETCH_MAX, self.channel.as_mut());
         let mut completions: Vec<Completion> = Vec::with_capacity(1024);
         self.channel.poll(now, &mut completions);
         for completion in completions {

@@ -150,6 +150,29 @@ fn each_queue_has_its_own_doorbell_interrupt_and_error() {
 }
 
 #[test]
+fn a_ring_whose_memory_is_changed_waits_for_it_and_goes_on() {
+    let bed = Bed::server("changed");
+    let mut guest = bed.connect(0);
+    let queue = guest.queue(16);
+    let _events = guest.front_end.start_queue(0, 16, &queue).unwrap();
+    bed.function.with(|record| record.advance = 5);
+    // A front end that changes a region takes it away first; the card must not look for the ring then.
+    let slot = region(&guest.memory);
+    guest.front_end.messages().remove_mem_region(&slot).unwrap();
+    assert!(bed.function.running().is_empty());
+    assert_eq!(bed.function.count(&Call::Stop(0)), 1);
+    guest.front_end.messages().add_mem_region(&slot).unwrap();
+    bed.function.wait_for(|record| record.running.get(&0).is_some_and(|start| start.position.next_avail == 5));
+    // One that was stopped in the meantime stays off.
+    guest.front_end.messages().remove_mem_region(&slot).unwrap();
+    guest.front_end.stop_queue(0).unwrap();
+    guest.front_end.messages().add_mem_region(&slot).unwrap();
+    assert_eq!(guest.front_end.queue_count().unwrap(), u64::from(QUEUES));
+    assert!(bed.function.running().is_empty());
+    assert!(bed.warnings().is_empty(), "{:?}", bed.warnings());
+}
+
+#[test]
 fn the_configuration_space_is_read_in_parts_and_written() {
     let bed = Bed::server("config");
     let mut guest = bed.connect(0);

@@ -284,7 +284,7 @@ fn go<E: DmaEngine>(
         }
         // The reactor.
         let moment = Moment(now);
-        lane.turn(moment, &mut server);
+        lane.turn(moment, 1 + random.below(32) as u16, &mut server);
         let mut completions = Vec::with_capacity(64);
         server.poll(moment, &mut completions);
         for Completion { tag, result } in completions {
