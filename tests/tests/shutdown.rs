@@ -162,3 +162,34 @@ fn a_second_signal_ends_at_once() {
     assert_eq!(card.process().end().code(), Some(128 + 2), "{}", card.process().output());
     card.process().wait_for_output("SIGINT again: ending at once");
 }
+
+#[test]
+fn what_waits_for_a_limit_at_sigterm_completes_too() {
+    let parts = r#"
+[[volume]]
+name = "v"
+backend = { type = "ram", size = "1M" }
+[[function]]
+name = "f"
+type = "blk"
+link = { type = "vhost-user", socket = "@/f.sock" }
+volume = "v"
+limit = { iops = 1, burst = "1s" }
+"#;
+    let mut card = Card::start(&CardSettings { parts: parts.to_owned(), ..CardSettings::default() });
+    let settings = ClientSettings { depth: DEPTH, ..ClientSettings::default() };
+    let mut client = Client::connect(&card.path("f.sock"), settings).unwrap();
+    for row in 0..DEPTH {
+        assert!(client.queue().read(row, 0, 4096));
+    }
+    client.publish();
+    wait_for("the limit holds some back", || card.stats()["functions"][0]["in-flight"].as_u64() >= Some(2));
+    card.process().signal(Signal::SIGTERM);
+    assert_eq!(card.process().end().code(), Some(0), "{}", card.process().output());
+    let mut ended = 0;
+    while let Some(one) = client.queue().take_ended() {
+        assert_eq!(one.status, 0);
+        ended += 1;
+    }
+    assert_eq!(ended, DEPTH);
+}
