@@ -5,7 +5,7 @@
 //!   get_vring_base ─► stopped, its position is the base from now on
 //! ```
 
-use super::port::{Event, EventPort};
+use super::port::{Bell, Event, EventPort};
 use super::regions::Regions;
 use crate::address::FrontEndAddress;
 use crate::link::{QueuePosition, QueueStart};
@@ -86,7 +86,7 @@ impl Ring {
         };
         let again =
             |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
-        let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)? };
+        let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)?.map(Bell::new) };
         // A packed ring that nobody gave a base starts on its first lap, where the wrap counters are 1.
         let first_lap = accepted & features::RING_PACKED != 0;
         let fresh = QueuePosition { avail_wrap: first_lap, used_wrap: first_lap, ..QueuePosition::default() };

@@ -16,7 +16,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::channel::Channel;
-use super::port::Event;
+use super::port::{Bell, Event};
 use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{FrontEndAddress, Iova};
@@ -30,7 +30,7 @@ const CONFIG_BYTES_MAX: u32 = 256;
 #[derive(Default)]
 struct Events {
     channel: Mutex<Option<Channel>>,
-    errors: Mutex<Vec<Option<Event>>>,
+    errors: Mutex<Vec<Option<Bell>>>,
     /// Something was refused, and people were told: once for each front end, which could otherwise fill a disk with our words.
     warned: AtomicBool,
 }
@@ -45,8 +45,8 @@ impl HostEvents for Events {
     }
 
     fn needs_reset(&self, queue: Option<u16>) {
-        let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, event) in errors.iter().enumerate() {
+        let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, event) in errors.iter_mut().enumerate() {
             if let Some(event) = event
                 && queue.is_none_or(|queue| usize::from(queue) == number)
             {
@@ -332,7 +332,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let err = fd.map(Event::new).transpose().map_err(|why| self.refuse("an error event", why))?;
         let (number, ring) = self.ring(index.into())?;
-        let again = err.as_ref().and_then(|event| event.again().ok());
+        let again = err.as_ref().and_then(|event| event.again().ok()).map(Bell::new);
         ring.err = err;
         self.events.errors.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(number)] = again;
         Ok(())
