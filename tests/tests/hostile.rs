@@ -9,6 +9,8 @@ use std::sync::{Barrier, Mutex};
 use device_svc::driver::client::{Client, ClientSettings};
 use device_svc::driver::hostile::{Told, converse, truncate_memory};
 use device_svc::virtqueue::features;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tests::{Card, CardSettings, Log, rounds, wait_for};
 
 /// The functions that are attacked: name, backend, further keys of the link and the function. All have two queues.
@@ -188,7 +190,8 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
                     };
                     // The others would wait at the barrier for ever.
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(attack)).is_err() {
-                        std::process::abort();
+                        let _ = kill(Pid::from_raw(process.cast_signed()), Signal::SIGKILL);
+                        std::process::exit(101);
                     }
                 })
             })

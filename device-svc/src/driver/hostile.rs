@@ -23,6 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -145,6 +146,14 @@ impl Events {
     fn new() -> nix::Result<Self> {
         let event = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         Ok(Self { kick: event()?, call: event()?, error: event()? })
+    }
+
+    /// Makes the events such that whoever is not careful blocks: in blocking mode, the interrupt at its maximum.
+    fn block(&self) {
+        let _ = self.call.write(u64::MAX - 1);
+        for event in [&self.kick, &self.call, &self.error] {
+            let _ = fcntl(event, FcntlArg::F_SETFL(OFlag::O_RDWR));
+        }
     }
 
     /// Whether the device has said that it needs a reset.
@@ -331,6 +340,9 @@ impl Conversation {
             let events = Events::new()?;
             let index = self.random.below(2) as u32;
             self.start(&guest, &ring, index, &events)?;
+            if self.random.one_in(4) {
+                events.block();
+            }
             if self.random.one_in(2) {
                 let outcome = good(&mut guest, &mut ring);
                 self.wait_for(&guest, &events, outcome)?;

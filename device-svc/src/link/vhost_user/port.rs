@@ -1,13 +1,17 @@
 //! Doorbell and interrupt of a ring: the two eventfds that a front end hands over.
 //!
-//! Only eventfds are taken: a pipe or a socket could block the reactor that writes to it. The front end may have them in
-//! blocking mode, and the mode belongs to both sides, so it is set to non-blocking here: a write to a counter at its maximum
-//! then fails, and the interrupt is pending anyway.
+//! Only eventfds are taken: a pipe or a socket could block the reactor that writes to it. An eventfd can block as well: a write to
+//! a counter at its maximum, a read of one at zero. Non-blocking mode does not help, for it belongs to both sides, and the front
+//! end may take it away at any moment. So the doorbell is read by a call that never blocks whatever the mode, and the interrupt is
+//! raised by the kernel itself: as the completion event of an io_uring that does nothing else. Where there is no io_uring, or an
+//! old kernel, the mode is all there is.
+#![expect(unsafe_code, reason = "system calls that no safe wrapper has")]
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
+use io_uring::{IoUring, opcode};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::link::QueuePort;
@@ -35,9 +39,61 @@ impl Event {
         self.0.try_clone().map(Self)
     }
 
-    /// Signals it.
-    pub(super) fn signal(&self) {
-        let _ = (&self.0).write(&1u64.to_ne_bytes());
+    /// Signals it, by a bell made for this once: for what is rare. Never blocks.
+    pub(super) fn signal_once(&self) {
+        if let Ok(event) = self.again() {
+            Bell::new(event).signal();
+        }
+    }
+
+    /// Takes off what was signalled; returns whether there was anything. Never blocks.
+    fn take(&mut self) -> bool {
+        let mut count = [0u8; 8];
+        let part = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // SAFETY: one vector of eight bytes that outlive the call; the descriptor is ours. An offset of -1 is that of `read`.
+        let taken = unsafe { libc::preadv2(self.0.as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+        if taken >= 0 {
+            return taken == 8;
+        }
+        // Eventfds know this flag since Linux 5.8.
+        let unknown = matches!(nix::Error::last(), nix::Error::EOPNOTSUPP | nix::Error::ENOSYS);
+        unknown && self.0.read(&mut count).is_ok()
+    }
+}
+
+/// An eventfd that is signalled from threads which must not block.
+pub(super) struct Bell {
+    event: Event,
+    ring: Option<IoUring>,
+}
+
+impl std::fmt::Debug for Bell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bell({:?})", self.event)
+    }
+}
+
+impl Bell {
+    pub(super) fn new(event: Event) -> Self {
+        let ring = IoUring::new(2).and_then(|ring| {
+            ring.submitter().register_eventfd(event.0.as_raw_fd())?;
+            Ok(ring)
+        });
+        Self { event, ring: ring.ok() }
+    }
+
+    /// Signals it: at its maximum it is signalled already. Never blocks.
+    pub(super) fn signal(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            // The completions of earlier signals.
+            ring.completion().for_each(drop);
+            // SAFETY: this entry refers to no memory. There is room: each is consumed before the next is made.
+            let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+            if pushed.is_ok() && matches!(ring.submit(), Ok(1)) {
+                return;
+            }
+        }
+        let _ = (&self.event.0).write(&1u64.to_ne_bytes());
     }
 }
 
@@ -45,7 +101,7 @@ impl Event {
 #[derive(Debug)]
 pub(super) struct EventPort {
     pub(super) kick: Option<Event>,
-    pub(super) call: Option<Event>,
+    pub(super) call: Option<Bell>,
 }
 
 impl QueuePort for EventPort {
@@ -54,13 +110,15 @@ impl QueuePort for EventPort {
     }
 
     fn take_doorbell(&mut self) -> bool {
-        let mut count = [0; 8];
-        self.kick.as_mut().is_some_and(|kick| kick.0.read(&mut count).is_ok())
+        self.kick.as_mut().is_some_and(Event::take)
     }
 
     fn raise_interrupt(&mut self) {
-        if let Some(call) = &self.call {
+        if let Some(call) = &mut self.call {
             call.signal();
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

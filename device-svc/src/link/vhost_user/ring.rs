@@ -5,7 +5,7 @@
 //!   get_vring_base ─► stopped, its position is the base from now on
 //! ```
 
-use super::port::{Event, EventPort};
+use super::port::{Bell, Event, EventPort};
 use super::regions::Regions;
 use crate::address::{FrontEndAddress, Iova};
 use crate::link::{QueuePosition, QueueStart};
@@ -97,7 +97,7 @@ impl Ring {
         };
         let again =
             |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
-        let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)? };
+        let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)?.map(Bell::new) };
         let position = self.position.unwrap_or_else(|| fresh(accepted & features::RING_PACKED != 0));
         Ok(QueueStart {
             index,

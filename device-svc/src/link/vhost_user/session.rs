@@ -57,7 +57,7 @@ impl HostEvents for Events {
             if let Some(event) = event
                 && queue.is_none_or(|queue| usize::from(queue) == number)
             {
-                event.signal();
+                event.signal_once();
             }
         }
     }
@@ -175,7 +175,7 @@ impl Session {
         if wanted && !self.rings[usize::from(number)].running {
             if let Err(why) = self.start(number) {
                 if let Some(err) = &self.rings[usize::from(number)].err {
-                    err.signal();
+                    err.signal_once();
                 }
                 return Err(self.refuse_as(GUEST_FAULT, "a ring cannot start", &why));
             }
