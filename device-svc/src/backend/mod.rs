@@ -34,10 +34,10 @@ pub enum BlockOperation {
     },
 }
 
-/// Names a request between a lane and a channel: the lane's number on its reactor and the row of its slab.
+/// Names a request between a lane and a channel: the lane's number on the channel and the row of its slab.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Tag {
-    /// The lane's number on its reactor.
+    /// The lane's number among those that use the channel.
     pub lane: u32,
     /// The row of the lane's slab.
     pub row: u32,

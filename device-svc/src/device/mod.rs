@@ -21,10 +21,10 @@ pub use pages::{PageRun, Pages};
 
 /// One virtqueue's pipeline, as a reactor sees it.
 ///
-/// A turn has three parts: every lane's [`turn`](Self::turn), then a poll of every channel, whose completions go to
-/// [`complete`](Self::complete), then [`finish_turn`](Self::finish_turn).
+/// A function's turn has three parts: the [`turn`](Self::turn) of each of its lanes, then a poll of its channel, whose
+/// completions go to [`complete`](Self::complete), then [`finish_turn`](Self::finish_turn).
 pub trait Lane: Send {
-    /// Its number on its reactor from now on: what the tags of its requests carry.
+    /// Its number among those that share its channel: what the tags of its requests carry from now on.
     fn set_number(&mut self, number: u32);
 
     /// Fetches at most `chains_max` chains, decodes and submits. Returns whether there was something to do.

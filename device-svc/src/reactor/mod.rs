@@ -8,6 +8,7 @@
 //! stops, or changes its memory.
 
 mod cpus;
+mod function;
 mod mailbox;
 mod sleep;
 mod turn;

@@ -4,12 +4,14 @@
 //! one epoll descriptor: mailbox, doorbells, channels. What was asked of it that takes turns (a queue that must drain, memory
 //! that is still in use) waits in a list that is looked at after each turn.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use super::function::{FunctionSlot, LaneSlot};
 use super::mailbox::{Mailbox, Message, QueueKey, Stopped};
 use crate::backend::{BlockChannel, Completion};
 use crate::clock::Moment;
@@ -23,8 +25,6 @@ use crate::mirror::FETCH_MAX;
 const SPIN: Duration = Duration::from_micros(60);
 /// How often channels without requests are polled, in turns: to notice that a server has come back.
 const IDLE_CHANNEL_TURNS: u64 = 256;
-/// How many turns a lane counts as active after it had work: as long as a guest takes to add its next request.
-const ACTIVE_TURNS: u64 = 64;
 /// Chains that a lane may fetch in a turn, however many others are active.
 const CHAINS_MIN: u16 = 4;
 /// Events taken at one wake-up; more wait for the next.
@@ -32,28 +32,21 @@ const EVENTS: usize = 64;
 /// How long a stopped or abandoned lane's waiters may have to wait for a turn while the reactor sleeps.
 const WAIT_TICK: Duration = Duration::from_millis(5);
 
-/// What an epoll event is about: the kind in the upper half, the slot in the lower.
+/// What an epoll event is about: the kind in the uppermost bits, below them the function's slot and the lane's.
 const EVENT_BELL: u64 = 0;
-const EVENT_LANE: u64 = 1 << 32;
-const EVENT_CHANNEL: u64 = 2 << 32;
+const EVENT_LANE: u64 = 1 << 62;
+const EVENT_CHANNEL: u64 = 2 << 62;
+const EVENT_KIND: u64 = 3 << 62;
 
-struct LaneSlot {
-    key: QueueKey,
-    lane: Box<dyn Lane>,
-    channel: usize,
-    /// The turn in which it last had work.
-    worked_in: u64,
-    /// Abandoned: kept only until its channel has no request of it.
-    abandoned: bool,
-}
-
-struct ChannelSlot {
-    function: u32,
-    channel: Box<dyn BlockChannel>,
+/// Where a lane is: the slot of its function, and its own in there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place {
+    function: usize,
+    lane: usize,
 }
 
 enum Wait {
-    Stop(usize, Sender<Option<Stopped>>),
+    Stop(Place, Sender<Option<Stopped>>),
     Reset(u32, Sender<()>),
     Close(u32, Sender<()>),
     Memory(u32, Arc<HostMemory>, Sender<()>),
@@ -64,8 +57,7 @@ pub(super) struct Turning {
     counters: Arc<ReactorCounters>,
     always: bool,
     epoll: Epoll,
-    lanes: Vec<Option<LaneSlot>>,
-    channels: Vec<Option<ChannelSlot>>,
+    functions: Vec<Option<FunctionSlot>>,
     waits: Vec<Wait>,
     completions: Vec<Completion>,
     turns: u64,
@@ -84,8 +76,7 @@ impl Turning {
             counters,
             always,
             epoll,
-            lanes: Vec::new(),
-            channels: Vec::new(),
+            functions: Vec::new(),
             waits: Vec::new(),
             completions: Vec::with_capacity(4096),
             turns: 0,
@@ -123,9 +114,8 @@ impl Turning {
                 }
             }
         }
-        // Channels go first, on the thread that polled them: they may hold requests whose memory belongs to the lanes.
-        self.channels.clear();
-        self.lanes.clear();
+        // On the thread that polled them.
+        self.functions.clear();
     }
 
     /// One turn. Returns whether there was something to do.
@@ -141,42 +131,16 @@ impl Turning {
         // A queue alone takes large batches; queues beside each other take smaller ones, so that none waits long for another.
         let chains_max = (FETCH_MAX / self.active.max(1)).max(CHAINS_MIN);
         self.active = 0;
-        for slot in self.lanes.iter_mut().flatten() {
-            if let Some(Some(channel)) = self.channels.get_mut(slot.channel)
-                && slot.lane.turn(now, chains_max, channel.channel.as_mut())
-            {
-                did = true;
-                slot.worked_in = self.turns;
-            }
-            self.active += u16::from(self.turns - slot.worked_in < ACTIVE_TURNS);
-        }
         let idle_too = self.turns.is_multiple_of(IDLE_CHANNEL_TURNS);
-        for slot in self.channels.iter_mut().flatten() {
-            if idle_too || slot.channel.in_flight() > 0 {
-                slot.channel.poll(now, &mut self.completions);
-            }
-        }
-        did |= self.complete(now);
-        for slot in self.lanes.iter_mut().flatten() {
-            did |= slot.lane.finish_turn(now);
+        for function in self.functions.iter_mut().flatten() {
+            let turned = function.turn(now, self.turns, chains_max, idle_too, &mut self.completions);
+            did |= turned.did;
+            self.active += turned.active;
         }
         if !self.waits.is_empty() || self.abandoned > 0 {
             self.settle(now);
         }
         did
-    }
-
-    #[inline]
-    fn complete(&mut self, now: Moment) -> bool {
-        if self.completions.is_empty() {
-            return false;
-        }
-        for Completion { tag, result } in self.completions.drain(..) {
-            if let Some(Some(slot)) = self.lanes.get_mut(tag.lane as usize) {
-                slot.lane.complete(now, tag.row, result);
-            }
-        }
-        true
     }
 
     fn act(&mut self, message: Message, now: Moment) {
@@ -188,20 +152,20 @@ impl Turning {
             }
             Message::Start { key, lane } => self.start(key, lane),
             Message::Resume { key, start } => {
-                if let Some(number) = self.lane_number(key) {
-                    self.forget_doorbell(number);
-                    if let Some(slot) = &mut self.lanes[number] {
+                if let Some(place) = self.place_of(key) {
+                    self.forget_doorbell(place);
+                    if let Some(slot) = self.lane(place) {
                         slot.lane.resume(start);
                     }
-                    self.watch_doorbell(number);
+                    self.watch_doorbell(place);
                 }
             }
-            Message::Stop { key, reply } => match self.lane_number(key) {
-                Some(number) => {
-                    if let Some(slot) = &mut self.lanes[number] {
+            Message::Stop { key, reply } => match self.place_of(key) {
+                Some(place) => {
+                    if let Some(slot) = self.lane(place) {
                         slot.lane.stop(now);
                     }
-                    self.waits.push(Wait::Stop(number, reply));
+                    self.waits.push(Wait::Stop(place, reply));
                 }
                 None => drop(reply.send(None)),
             },
@@ -215,56 +179,67 @@ impl Turning {
     }
 
     fn open_channel(&mut self, function: u32, channel: Box<dyn BlockChannel>) {
-        let number = free_slot(&mut self.channels);
+        let number = free_slot(&mut self.functions);
         if let Some(fd) = channel.wake_fd() {
-            self.watch(fd, EVENT_CHANNEL | number as u64);
+            self.watch(fd, EVENT_CHANNEL | (number as u64) << 32);
         }
-        self.channels[number] = Some(ChannelSlot { function, channel });
+        self.functions[number] = Some(FunctionSlot { function, channel, lanes: Vec::new() });
     }
 
     fn start(&mut self, key: QueueKey, mut lane: Box<dyn Lane>) {
-        if let Some(old) = self.lane_number(key) {
+        if let Some(old) = self.place_of(key) {
             self.abandon(old);
         }
-        let channel =
-            self.channels.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.function == key.function));
-        let Some(channel) = channel else {
+        let turns = self.turns;
+        let Some(function) = self.number_of(key.function) else {
             // The function was closed in the meantime.
             return;
         };
-        let number = free_slot(&mut self.lanes);
+        let Some(slot) = &mut self.functions[function] else { return };
+        let number = free_slot(&mut slot.lanes);
         lane.set_number(number as u32);
-        self.lanes[number] = Some(LaneSlot { key, lane, channel, worked_in: self.turns, abandoned: false });
-        self.watch_doorbell(number);
+        slot.lanes[number] = Some(LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false });
+        self.watch_doorbell(Place { function, lane: number });
         self.count_lanes();
     }
 
-    fn lane_number(&self, key: QueueKey) -> Option<usize> {
-        self.lanes.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.key == key && !slot.abandoned))
+    fn number_of(&self, function: u32) -> Option<usize> {
+        self.functions.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.function == function))
+    }
+
+    fn place_of(&self, key: QueueKey) -> Option<Place> {
+        let function = self.number_of(key.function)?;
+        let lane = self.functions[function].as_ref()?.lane_of(key.queue)?;
+        Some(Place { function, lane })
+    }
+
+    fn lane(&mut self, place: Place) -> Option<&mut LaneSlot> {
+        self.functions.get_mut(place.function)?.as_mut()?.lanes.get_mut(place.lane)?.as_mut()
     }
 
     fn abandon_function(&mut self, function: u32) {
-        for number in 0..self.lanes.len() {
-            if self.lanes[number].as_ref().is_some_and(|slot| slot.key.function == function && !slot.abandoned) {
-                self.abandon(number);
-            }
+        let Some(function) = self.number_of(function) else { return };
+        let lanes = self.functions[function].as_ref().map_or(0, |slot| slot.lanes.len());
+        for lane in 0..lanes {
+            self.abandon(Place { function, lane });
         }
     }
 
-    fn abandon(&mut self, number: usize) {
-        self.forget_doorbell(number);
-        if let Some(slot) = &mut self.lanes[number] {
+    fn abandon(&mut self, place: Place) {
+        self.forget_doorbell(place);
+        let Some(slot) = self.lane(place) else { return };
+        if !slot.abandoned {
             slot.lane.abandon();
             slot.abandoned = true;
             self.abandoned += 1;
             // A stop that was still waited for will not come.
-            self.waits.retain(|wait| !matches!(wait, Wait::Stop(stopping, _) if *stopping == number));
+            self.waits.retain(|wait| !matches!(wait, Wait::Stop(stopping, _) if *stopping == place));
         }
         self.count_lanes();
     }
 
     fn count_lanes(&self) {
-        self.counters.lanes.set(self.lanes.iter().flatten().filter(|slot| !slot.abandoned).count() as u64);
+        self.counters.lanes.set(self.all_lanes().filter(|slot| !slot.abandoned).count() as u64);
     }
 
     /// Drops abandoned lanes that are drained, and answers what has come true.
@@ -275,57 +250,44 @@ impl Turning {
                 self.waits.push(again);
             }
         }
-        for slot in &mut self.lanes {
-            if slot.as_mut().is_some_and(|slot| slot.abandoned && slot.lane.is_drained()) {
-                *slot = None;
-            }
-        }
-        self.abandoned = self.lanes.iter().flatten().filter(|slot| slot.abandoned).count();
+        self.abandoned = self.functions.iter_mut().flatten().map(FunctionSlot::drop_drained).sum();
     }
 
     /// Answers a wait, or gives it back. An asker that has gone away is nobody's problem.
     fn settle_one(&mut self, wait: Wait, now: Moment) -> Option<Wait> {
         match wait {
-            Wait::Stop(number, reply) => {
-                let slot = self.lanes[number].as_mut()?;
+            Wait::Stop(place, reply) => {
+                let slot = self.lane(place)?;
                 if !slot.lane.is_stopped(now) {
-                    return Some(Wait::Stop(number, reply));
+                    return Some(Wait::Stop(place, reply));
                 }
                 let _ = reply.send(Some(Stopped { position: slot.lane.position(), parked: slot.lane.has_parked() }));
-                self.forget_doorbell(number);
+                self.forget_doorbell(place);
                 None
             }
             Wait::Reset(function, reply) => {
-                if !self.of_function(function).all(|slot| !slot.abandoned || slot.lane.is_let_go()) {
+                if !self.function(function).is_none_or(|slot| slot.has_let_go(false)) {
                     return Some(Wait::Reset(function, reply));
                 }
                 let _ = reply.send(());
                 None
             }
             Wait::Close(function, reply) => {
-                if !self.of_function(function).all(|slot| slot.lane.is_let_go()) {
+                if !self.function(function).is_none_or(|slot| slot.has_let_go(true)) {
                     return Some(Wait::Close(function, reply));
                 }
-                for slot in &mut self.channels {
-                    if slot.as_ref().is_some_and(|slot| slot.function == function) {
-                        if let Some(fd) = slot.as_ref().and_then(|slot| slot.channel.wake_fd()) {
-                            forget(&self.epoll, fd);
-                        }
-                        // The channel goes first: it may hold requests whose memory belongs to the lanes.
-                        *slot = None;
-                    }
-                }
-                for slot in &mut self.lanes {
-                    if slot.as_ref().is_some_and(|slot| slot.key.function == function) {
-                        *slot = None;
-                    }
+                if let Some(number) = self.number_of(function)
+                    && let Some(slot) = self.functions[number].take()
+                    && let Some(fd) = slot.channel.wake_fd()
+                {
+                    forget(&self.epoll, fd);
                 }
                 let _ = reply.send(());
                 None
             }
             Wait::Memory(function, memory, reply) => {
                 let mut all = true;
-                for slot in self.of_function(function) {
+                for slot in self.function(function).into_iter().flat_map(|slot| slot.lanes.iter_mut().flatten()) {
                     all &= slot.lane.offer_memory(&memory);
                 }
                 if !all {
@@ -337,13 +299,18 @@ impl Turning {
         }
     }
 
-    fn of_function(&mut self, function: u32) -> impl Iterator<Item = &mut LaneSlot> {
-        self.lanes.iter_mut().flatten().filter(move |slot| slot.key.function == function)
+    fn function(&mut self, function: u32) -> Option<&mut FunctionSlot> {
+        self.functions.iter_mut().flatten().find(|slot| slot.function == function)
+    }
+
+    fn all_lanes(&self) -> impl Iterator<Item = &LaneSlot> {
+        self.functions.iter().flatten().flat_map(|slot| slot.lanes.iter().flatten())
     }
 
     /// Sleeps until there is something to do, if there is nothing now. Returns the moment after.
     fn sleep(&mut self, now: Moment) -> Moment {
-        for slot in self.lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+        let lanes = self.functions.iter_mut().flatten().flat_map(|slot| slot.lanes.iter_mut().flatten());
+        for slot in lanes.filter(|slot| !slot.abandoned) {
             if slot.lane.arm() != Some(true) {
                 return Moment::now();
             }
@@ -356,16 +323,17 @@ impl Turning {
         let count = self.epoll.wait(&mut events, self.timeout(now)).unwrap_or(0);
         self.mailbox.asleep.awake();
         for event in &events[..count] {
-            let slot = (event.data() & 0xffff_ffff) as usize;
-            match event.data() & !0xffff_ffff {
+            let function = (event.data() & !EVENT_KIND) >> 32;
+            let place = Place { function: function as usize, lane: (event.data() & 0xffff_ffff) as usize };
+            match event.data() & EVENT_KIND {
                 EVENT_LANE => {
-                    if let Some(Some(slot)) = self.lanes.get_mut(slot) {
+                    if let Some(slot) = self.lane(place) {
                         slot.lane.take_doorbell();
                     }
                 }
                 EVENT_CHANNEL => {
-                    if let Some(Some(slot)) = self.channels.get_mut(slot) {
-                        slot.channel.poll(now, &mut self.completions);
+                    if let Some(Some(slot)) = self.functions.get_mut(place.function) {
+                        slot.poll(now, &mut self.completions);
                     }
                 }
                 _ => self.mailbox.silence(),
@@ -373,22 +341,20 @@ impl Turning {
         }
         let after = Moment::now();
         // Channels that wanted to be called by now.
-        for slot in self.channels.iter_mut().flatten() {
+        for slot in self.functions.iter_mut().flatten() {
             if slot.channel.deadline().is_some_and(|deadline| deadline <= after) {
-                slot.channel.poll(after, &mut self.completions);
+                slot.poll(after, &mut self.completions);
             }
         }
-        self.complete(after);
         self.counters.sleeps.add(1);
         self.counters.asleep_ns.add(after.ns_since(now));
         after
     }
 
     fn timeout(&self, now: Moment) -> EpollTimeout {
-        let lanes = self.lanes.iter().flatten().filter_map(|slot| slot.lane.deadline());
-        let channels = self.channels.iter().flatten().filter_map(|slot| slot.channel.deadline());
+        let functions = self.functions.iter().flatten().filter_map(FunctionSlot::deadline);
         let waits = (!self.waits.is_empty()).then(|| now.after(WAIT_TICK));
-        match lanes.chain(channels).chain(waits).min() {
+        match functions.chain(waits).min() {
             None => EpollTimeout::NONE,
             Some(deadline) => {
                 let wait = deadline.until(now);
@@ -399,19 +365,23 @@ impl Turning {
         }
     }
 
-    fn watch_doorbell(&self, number: usize) {
-        if let Some(fd) = self.lanes[number].as_ref().and_then(|slot| slot.lane.doorbell_fd()) {
-            self.watch(fd, EVENT_LANE | number as u64);
+    fn doorbell_fd(&self, place: Place) -> Option<RawFd> {
+        self.functions.get(place.function)?.as_ref()?.lanes.get(place.lane)?.as_ref()?.lane.doorbell_fd()
+    }
+
+    fn watch_doorbell(&self, place: Place) {
+        if let Some(fd) = self.doorbell_fd(place) {
+            self.watch(fd, EVENT_LANE | (place.function as u64) << 32 | place.lane as u64);
         }
     }
 
-    fn forget_doorbell(&self, number: usize) {
-        if let Some(fd) = self.lanes[number].as_ref().and_then(|slot| slot.lane.doorbell_fd()) {
+    fn forget_doorbell(&self, place: Place) {
+        if let Some(fd) = self.doorbell_fd(place) {
             forget(&self.epoll, fd);
         }
     }
 
-    fn watch(&self, fd: std::os::fd::RawFd, data: u64) {
+    fn watch(&self, fd: RawFd, data: u64) {
         if let Err(error) = watch(&self.epoll, fd, EpollEvent::new(EpollFlags::EPOLLIN, data)) {
             // Without it the reactor does not wake for this descriptor; the driver's requests would wait for the next turn.
             tracing::error!(%error, "a descriptor cannot be waited on");
@@ -431,13 +401,13 @@ fn free_slot<T>(slots: &mut Vec<Option<T>>) -> usize {
 }
 
 #[expect(unsafe_code, reason = "borrows a descriptor whose owner outlives the call")]
-fn watch(epoll: &Epoll, fd: std::os::fd::RawFd, event: EpollEvent) -> nix::Result<()> {
+fn watch(epoll: &Epoll, fd: RawFd, event: EpollEvent) -> nix::Result<()> {
     // SAFETY: the lane, channel or mailbox that the descriptor came from is alive in this call's caller.
     epoll.add(unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }, event)
 }
 
 #[expect(unsafe_code, reason = "borrows a descriptor whose owner outlives the call")]
-fn forget(epoll: &Epoll, fd: std::os::fd::RawFd) {
+fn forget(epoll: &Epoll, fd: RawFd) {
     // SAFETY: as in `watch`.
     let _ = epoll.delete(unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) });
 }
