@@ -68,7 +68,7 @@ unpack() {
 
 # One run at a time: a second one waits for the first.
 lock() {
-  mkdir -p "$RIG"
+  mkdir -p "$RIG/bin"
   exec 9>"$RIG/lock"
   flock 9
 }
