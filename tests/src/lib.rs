@@ -7,7 +7,7 @@ mod card;
 mod process;
 
 pub use card::{Card, CardSettings};
-pub use process::{Log, Process, wait_for};
+pub use process::{Log, Process, wait_for, wait_for_or};
 
 use std::path::PathBuf;
 

@@ -13,10 +13,18 @@ const PATIENCE: Duration = Duration::from_secs(120);
 ///
 /// # Panics
 /// When it is not so after two minutes.
-pub fn wait_for(name: &str, mut what: impl FnMut() -> bool) {
+pub fn wait_for(name: &str, what: impl FnMut() -> bool) {
+    wait_for_or(what, || name.to_owned());
+}
+
+/// Waits until `what` is so; `name` says what was waited for, and what was there instead.
+///
+/// # Panics
+/// When it is not so after two minutes.
+pub fn wait_for_or(mut what: impl FnMut() -> bool, name: impl Fn() -> String) {
     let start = Instant::now();
     while !what() {
-        assert!(start.elapsed() < PATIENCE, "waited too long for: {name}");
+        assert!(start.elapsed() < PATIENCE, "waited too long for: {}", name());
         std::thread::sleep(Duration::from_millis(10));
     }
 }

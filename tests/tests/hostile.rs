@@ -11,7 +11,7 @@ use device_svc::driver::hostile::{Told, converse, truncate_memory};
 use device_svc::virtqueue::features;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tests::{Card, CardSettings, Log, rounds, wait_for};
+use tests::{Card, CardSettings, Log, rounds, wait_for, wait_for_or};
 
 /// The functions that are attacked: name, backend, further keys of the link and the function. All have two queues.
 const ATTACKED: [(&str, &str, &str, &str); 5] = [
@@ -106,8 +106,17 @@ fn serves(card: &Card, name: &str, number: u32) {
     client.leave().unwrap();
 }
 
-fn file_descriptors(process: u32) -> usize {
-    std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().count()
+/// What a process has open: how many of each kind, numbers in the names left out.
+fn file_descriptors(process: u32) -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for entry in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap() {
+        // One that was closed in the meantime has no name any more.
+        if let Ok(name) = std::fs::read_link(entry.unwrap().path()) {
+            let kind = name.to_string_lossy().replace(|character: char| character.is_ascii_digit(), "");
+            *kinds.entry(kind).or_default() += 1;
+        }
+    }
+    kinds
 }
 
 fn resident_kib(process: u32) -> u64 {
@@ -149,7 +158,7 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
     let (over, verified) = (AtomicBool::new(false), AtomicU32::new(0));
     let all: Mutex<BTreeMap<&str, Vec<Told>>> = Mutex::default();
     let (warm, go_on) = (Barrier::new(ATTACKED.len() + 1), Barrier::new(ATTACKED.len() + 1));
-    let (mut before, mut resident_before) = (0, 0);
+    let (mut before, mut resident_before) = (BTreeMap::new(), 0);
     let log = card.process().log();
     std::thread::scope(|scope| {
         let beside = scope.spawn(|| {
@@ -214,7 +223,11 @@ fn thousands_of_hostile_conversations_disturb_nobody() {
     let output = card.process().output();
     assert!(!output.contains("panicked"), "{output}");
     assert!(verified.load(Ordering::Relaxed) > 3, "the neighbours did next to nothing");
-    wait_for("descriptors to be closed", || file_descriptors(process) <= before);
+    let open = |kinds: &BTreeMap<String, usize>| kinds.values().sum::<usize>();
+    wait_for_or(
+        || open(&file_descriptors(process)) <= open(&before),
+        || format!("descriptors to be closed: {before:?} became {:?}", file_descriptors(process)),
+    );
     let resident = resident_kib(process);
     assert!(resident < resident_before + 16 * 1024, "{resident_before} KiB resident became {resident} KiB");
 

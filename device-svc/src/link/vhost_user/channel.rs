@@ -50,6 +50,9 @@ impl Peeked {
     }
 }
 
+/// Descriptors with one message at most: `SCM_MAX_FD`.
+const DESCRIPTORS_MAX: usize = 253;
+
 /// The channel to a front end.
 #[derive(Debug)]
 pub(super) struct Channel(OwnedFd);
@@ -59,7 +62,9 @@ impl Channel {
     fn peek(stream: &UnixStream) -> Option<Self> {
         let mut header = [0; HEADER_BYTES];
         let mut parts = [IoSliceMut::new(&mut header)];
-        let mut space = nix::cmsg_space!([i32; 1]);
+        // Room for as many as the kernel hands over at once: what is cut off is reported as an error, and those that fitted would
+        // stay open.
+        let mut space = nix::cmsg_space!([i32; DESCRIPTORS_MAX]);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
         let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags).ok()?;
         let mut channel = None;
@@ -81,3 +86,6 @@ impl Channel {
         send(self.0.as_raw_fd(), &bytes, flags).map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests;
