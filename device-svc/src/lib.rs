@@ -19,6 +19,7 @@ pub mod volume;
 pub mod mirror;
 pub mod backend;
 pub mod link;
+pub mod pci;
 pub mod virtqueue;
 pub mod dma;
 pub mod config;

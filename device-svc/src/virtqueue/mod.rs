@@ -30,6 +30,12 @@ pub mod features {
     pub const RING_PACKED: u64 = 1 << 34;
     /// `VIRTIO_F_IN_ORDER`.
     pub const IN_ORDER: u64 = 1 << 35;
+    /// `VIRTIO_F_ORDER_PLATFORM`.
+    pub const ORDER_PLATFORM: u64 = 1 << 36;
+    /// `VIRTIO_F_NOTIFICATION_DATA`.
+    pub const NOTIFICATION_DATA: u64 = 1 << 38;
+    /// `VIRTIO_F_RING_RESET`.
+    pub const RING_RESET: u64 = 1 << 40;
 }
 
 /// The largest queue (virtio 1.3, 2.7).
