@@ -104,6 +104,8 @@ impl FunctionSide for Function {
         Ok(())
     }
 
+    fn forget_queue(&self, _index: u16) {}
+
     fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
         let stopped = self.state().running[usize::from(index)].take()?;
         Some(QueuePosition { next_avail: stopped.position.next_avail, ..stopped.position })

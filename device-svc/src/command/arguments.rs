@@ -19,7 +19,7 @@ Exit status:
 
 /// Carries the I/O of virtual machines from their virtqueues to storage servers
 ///
-/// device-svc runs on the card. It shows block devices to virtual machines (today over vhost-user sockets), polls their
+/// device-svc runs on the card. It shows block devices to virtual machines (over vhost-user or vfio-user sockets), polls their
 /// virtqueues, and forwards every request to a volume's storage: an NBD server, a file or block device, or memory.
 ///
 /// `device-svc serve` runs the card; the other commands ask a card that runs, over its control socket.
@@ -146,7 +146,8 @@ pub(crate) struct FunctionCreate {
     /// What the VM sees
     #[arg(long, default_value = "blk")]
     pub(crate) r#type: String,
-    /// How the VM reaches it: vhost-user,socket=PATH[,mode=server|client][,socket-mode=0660][,payload=in-place|copy]
+    /// How the VM reaches it: vhost-user,socket=PATH[,mode=server|client][,socket-mode=0660][,payload=in-place|copy], or
+    /// vfio-user,socket=PATH[,socket-mode=0660][,payload=in-place|copy][,notify=message|mapped][,msix=true|false]
     #[arg(long, value_name = "TYPE,KEY=VALUE,…")]
     pub(crate) link: String,
     /// The name of its volume

@@ -14,7 +14,7 @@ use anyhow::Result;
 use clap::CommandFactory;
 
 use arguments::{Arguments, Command, LogFormat};
-use device_svc::config::{Config, LinkConfig};
+use device_svc::config::Config;
 use output::print;
 use serde_json::json;
 
@@ -74,7 +74,7 @@ fn show_valid(validate: &arguments::Validate) -> Result<()> {
         text.push_str(&format!("volume {name}: uuid {}, serial {serial}, {}\n", volume.uuid, volume.backend));
     }
     for function in &config.functions {
-        let LinkConfig::VhostUser { socket, .. } = &function.link;
+        let socket = &function.link.socket;
         text.push_str(&format!(
             "function {}: volume {}, socket {}\n",
             function.name,

@@ -139,6 +139,34 @@ pub(crate) fn limit(limit: Option<&v1::Limit>) -> (String, Value) {
     (parts.join(","), Value::Object(object))
 }
 
+/// A link's settings in the order in which they are written; those that its type does not have are left out.
+fn link_parts(link: &v1::Link) -> impl Iterator<Item = (&'static str, Value)> + use<> {
+    let word = |text: &String| (!text.is_empty()).then(|| Value::from(text.clone()));
+    [
+        ("type", word(&link.r#type)),
+        ("socket", word(&link.socket)),
+        ("mode", word(&link.mode)),
+        ("socket-mode", Some(format!("{:04o}", link.socket_mode.unwrap_or_default()).into())),
+        ("payload", word(&link.payload)),
+        ("notify", word(&link.notify)),
+        ("msix", link.msix.map(Value::from)),
+    ]
+    .into_iter()
+    .filter_map(|(key, value)| Some((key, value?)))
+}
+
+fn link_json(link: &v1::Link) -> Value {
+    Value::Object(link_parts(link).map(|(key, value)| (key.to_owned(), value)).collect())
+}
+
+fn link_text(link: &v1::Link) -> String {
+    let parts = link_parts(link).map(|(key, value)| {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        if key == "type" { value } else { format!("{key}={value}") }
+    });
+    parts.collect::<Vec<_>>().join(",")
+}
+
 /// A function as JSON.
 pub(crate) fn function_json(function: &v1::Function) -> Value {
     let settings = function.settings.clone().unwrap_or_default();
@@ -146,13 +174,7 @@ pub(crate) fn function_json(function: &v1::Function) -> Value {
     json!({
         "name": settings.name,
         "type": settings.r#type,
-        "link": {
-            "type": "vhost-user",
-            "socket": link.socket,
-            "mode": link.mode,
-            "socket-mode": format!("{:04o}", link.socket_mode.unwrap_or_default()),
-            "payload": link.payload,
-        },
+        "link": link_json(&link),
         "volume": settings.volume,
         "queues": settings.queues,
         "queue-size": settings.queue_size,
@@ -209,16 +231,7 @@ pub(crate) fn function_text(function: &v1::Function) -> String {
         ("type", settings.r#type),
         ("state", state),
         ("queues-running", function.queues_running.to_string()),
-        (
-            "link",
-            format!(
-                "vhost-user,socket={},mode={},socket-mode={:04o},payload={}",
-                link.socket,
-                link.mode,
-                link.socket_mode.unwrap_or_default(),
-                link.payload
-            ),
-        ),
+        ("link", link_text(&link)),
         ("volume", settings.volume),
         ("volume-uuid", function.volume_uuid.clone()),
         ("serial", function.serial.clone()),

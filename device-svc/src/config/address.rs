@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::function::check_socket_path;
+use super::link::check_socket_path;
 
 /// A control interface's address: today always a Unix socket, written `unix:/run/dray/card.sock`.
 #[derive(Clone, PartialEq, Eq, Debug)]

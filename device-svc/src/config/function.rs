@@ -1,15 +1,14 @@
 //! A function's settings: what a VM is shown, and by which link.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
-
 use toml::Spanned;
 
 use super::field::{Fault, Reading, Table};
 use super::limit::{LimitConfig, limit};
+use super::link::{LinkConfig, link};
 use super::name::check_name;
-use super::raw::{RawFunction, RawLink};
-use super::volume::{VolumeConfig, doubled};
+use super::raw::RawFunction;
+use super::volume::VolumeConfig;
+use super::{PollConfig, ReactorsConfig};
 
 /// vhost-user carries a queue's number in 8 bits of its messages about file descriptors.
 const QUEUES_MAX: u64 = 256;
@@ -69,87 +68,6 @@ impl FunctionKind {
     }
 }
 
-/// How a VM reaches a function.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum LinkConfig {
-    /// A vhost-user socket.
-    VhostUser {
-        /// Its path; absolute after loading from a file.
-        socket: PathBuf,
-        /// Who listens.
-        mode: SocketMode,
-        /// Permissions of the socket that the card makes, 0 to 0o777. A client makes none.
-        socket_mode: u32,
-        /// Where payload goes.
-        payload: PayloadConfig,
-    },
-}
-
-/// Who listens on a link's socket.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum SocketMode {
-    /// The card.
-    Server,
-    /// The VMM; the card connects, again and again if need be.
-    Client,
-}
-
-/// Where a function's payload goes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum PayloadConfig {
-    /// Straight between the VM's memory and the backend, where the backend can.
-    InPlace,
-    /// Through card memory, as on a card without a window into the host's.
-    Copy,
-}
-
-impl LinkConfig {
-    /// The type's name in the configuration.
-    #[must_use]
-    pub const fn type_name(&self) -> &'static str {
-        match self {
-            Self::VhostUser { .. } => "vhost-user",
-        }
-    }
-}
-
-/// As an option of a command: `vhost-user,socket=/run/dray/vm1.sock,mode=server,…`.
-impl fmt::Display for LinkConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::VhostUser { socket, mode, socket_mode, payload } => write!(
-                f,
-                "vhost-user,socket={},mode={},socket-mode={socket_mode:04o},payload={}",
-                doubled(socket.display()),
-                mode.word(),
-                payload.word()
-            ),
-        }
-    }
-}
-
-impl SocketMode {
-    /// As written in the configuration.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Server => "server",
-            Self::Client => "client",
-        }
-    }
-}
-
-impl PayloadConfig {
-    /// As written in the configuration.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::InPlace => "in-place",
-            Self::Copy => "copy",
-        }
-    }
-}
-
 impl FunctionConfig {
     /// The first key in which `other` differs, if any.
     #[must_use]
@@ -172,6 +90,22 @@ impl FunctionConfig {
         .find_map(|(key, differs)| differs.then_some(key))
     }
 
+    /// Whether reactors of this kind can serve it.
+    ///
+    /// # Errors
+    /// The key that stands against it and why.
+    pub fn check_reactors(&self, reactors: &ReactorsConfig) -> Result<(), (&'static str, String)> {
+        if self.link.is_silent() && reactors.poll != PollConfig::Always {
+            return Err((
+                "link",
+                "with `notify = \"mapped\"` no doorbell wakes a reactor; set `poll = \"always\"` in [reactors], or \
+                 `notify = \"message\"`"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
     /// Whether this function can be beside `other` on one card; `volume` is this one's.
     ///
     /// # Errors
@@ -180,10 +114,8 @@ impl FunctionConfig {
         if self.name == other.name {
             return Err(("name", format!("there is already a function {:?}; choose another name", self.name)));
         }
-        let LinkConfig::VhostUser { socket, .. } = &self.link;
-        let LinkConfig::VhostUser { socket: other_socket, .. } = &other.link;
-        if socket == other_socket {
-            let socket = socket.display();
+        if self.link.socket == other.link.socket {
+            let socket = self.link.socket.display();
             return Err(("link", format!("function {:?} has the socket {socket} already; choose another", other.name)));
         }
         if self.volume == other.volume && !volume.read_only {
@@ -210,8 +142,8 @@ pub(super) fn function(raw: Spanned<RawFunction>, reading: Reading<'_>) -> Resul
 
     let kind = table.word("type", &raw.r#type, &[("blk", FunctionKind::Blk)])?;
     let kind = table.required("type", kind, "`type = \"blk\"`")?;
-    let link = table.required("link", raw.link, "`link = { type = \"vhost-user\", socket = \"…\" }`")?;
-    let link = link_config(&link, &table.place, reading)?;
+    let raw_link = table.required("link", raw.link, "`link = { type = \"vhost-user\", socket = \"…\" }`")?;
+    let link = link(&raw_link, &table.place, reading)?;
     let volume = table.text("volume", &raw.volume)?;
     let volume = table.required("volume", volume, "`volume = \"…\"`, the name of a volume")?.to_owned();
     check_name(&volume).map_err(|message| table.fault_at("volume", &raw.volume, message))?;
@@ -265,35 +197,4 @@ pub(super) fn function(raw: Spanned<RawFunction>, reading: Reading<'_>) -> Resul
         limit,
         limit_group,
     })
-}
-
-fn link_config(raw: &Spanned<RawLink>, place: &str, reading: Reading<'_>) -> Result<LinkConfig, Fault> {
-    let table = Table { place: format!("{place}: link"), span: raw.span(), reading };
-    let raw = raw.get_ref();
-    let kind = table.word("type", &raw.r#type, &[("vhost-user", ())])?;
-    table.required("type", kind, "`type = \"vhost-user\"`")?;
-    let socket = table.path("socket", &raw.socket)?;
-    let socket = table.required("socket", socket, "`socket = \"/run/dray/….sock\"`")?;
-    check_socket_path(&socket).map_err(|message| table.fault_at("socket", &raw.socket, message))?;
-    let modes = [("server", SocketMode::Server), ("client", SocketMode::Client)];
-    let mode = table.word("mode", &raw.mode, &modes)?.unwrap_or(SocketMode::Server);
-    let socket_mode = match table.text("socket-mode", &raw.socket_mode)? {
-        // The VMM seldom runs as the card's user, but it can share a group with it.
-        None => 0o660,
-        Some(text) => u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).ok_or_else(|| {
-            let message = format!("{text:?} is not a file mode; write octal digits, like \"0660\"");
-            table.fault_at("socket-mode", &raw.socket_mode, message)
-        })?,
-    };
-    let payloads = [("in-place", PayloadConfig::InPlace), ("copy", PayloadConfig::Copy)];
-    let payload = table.word("payload", &raw.payload, &payloads)?.unwrap_or(PayloadConfig::InPlace);
-    Ok(LinkConfig::VhostUser { socket, mode, socket_mode, payload })
-}
-
-/// `sun_path` holds 108 bytes with its NUL: a longer path cannot be bound.
-pub(super) fn check_socket_path(path: &Path) -> Result<(), String> {
-    if path.as_os_str().len() > 107 {
-        return Err(format!("{path:?} is not a socket's path; it takes at most 107 bytes"));
-    }
-    Ok(())
 }

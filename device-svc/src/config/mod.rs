@@ -11,6 +11,7 @@ mod address;
 mod field;
 mod function;
 mod limit;
+mod link;
 mod name;
 mod options;
 mod places;
@@ -27,8 +28,9 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 
 pub use address::{ControlAddress, default_control_address};
-pub use function::{FunctionConfig, FunctionKind, LinkConfig, PayloadConfig, SEG_MAX_DEFAULT, SocketMode};
+pub use function::{FunctionConfig, FunctionKind, SEG_MAX_DEFAULT};
 pub use limit::{BURST_DEFAULT, LimitConfig, LimitGroupConfig};
+pub use link::{LinkConfig, LinkKind, NotifyConfig, PayloadConfig, SocketMode};
 pub use options::Options;
 pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
 
@@ -212,6 +214,7 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
             let message = format!("there is no limit group {group:?}; add a [[limit-group]] of that name");
             beside(&span, "function", &function.name, Err(("limit-group", message)))?;
         }
+        beside(&span, "function", &function.name, function.check_reactors(&config.reactors))?;
         if let Ok(volume) = volume {
             for other in &config.functions {
                 beside(&span, "function", &function.name, function.check_beside(other, volume))?;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::field::Fault;
-use super::{BackendConfig, Config, LinkConfig, Spans, VolumeConfig};
+use super::{BackendConfig, Config, Spans, VolumeConfig};
 
 /// Checks every path of `config`.
 pub(super) fn check(config: &Config, spans: &Spans) -> Result<(), Fault> {
@@ -14,7 +14,7 @@ pub(super) fn check(config: &Config, spans: &Spans) -> Result<(), Fault> {
     // The control socket's folder is made when the card starts, and functions may have their sockets in it too.
     let made = config.control.listen.socket().parent();
     for (function, span) in config.functions.iter().zip(&spans.functions) {
-        let LinkConfig::VhostUser { socket, .. } = &function.link;
+        let socket = &function.link.socket;
         let folder = socket.parent();
         if folder != made {
             let problem = folder.and_then(folder_problem);

@@ -90,6 +90,8 @@ pub(super) struct RawLink {
     pub(super) mode: Field,
     pub(super) socket_mode: Field,
     pub(super) payload: Field,
+    pub(super) notify: Field,
+    pub(super) msix: Field,
 }
 
 #[derive(Deserialize)]

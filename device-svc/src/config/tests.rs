@@ -81,11 +81,11 @@ fn the_full_example_is_taken() {
         FunctionConfig {
             name: "vm1-disk0".to_owned(),
             kind: FunctionKind::Blk,
-            link: LinkConfig::VhostUser {
+            link: LinkConfig {
                 socket: PathBuf::from("/run/dray/vm1-disk0.sock"),
-                mode: SocketMode::Server,
                 socket_mode: 0o660,
-                payload: PayloadConfig::InPlace
+                payload: PayloadConfig::InPlace,
+                kind: LinkKind::VhostUser { mode: SocketMode::Server },
             },
             volume: "root".to_owned(),
             queues: 4,
@@ -112,9 +112,35 @@ fn every_key_has_a_default_where_one_makes_sense() {
     let function = &config.functions[0];
     assert_eq!((function.queues, function.queue_size, function.packed, function.seg_max), (1, 256, true, 126));
     assert!(function.limit.is_none() && function.limit_group.is_none());
-    let LinkConfig::VhostUser { socket, mode, socket_mode, payload } = &function.link;
+    let LinkConfig { socket, socket_mode, payload, kind } = &function.link;
     assert_eq!(socket, Path::new("/etc/dray/f.sock"), "relative paths start from the file's folder");
-    assert_eq!((*mode, *socket_mode, *payload), (SocketMode::Server, 0o660, PayloadConfig::InPlace));
+    assert_eq!((*socket_mode, *payload), (0o660, PayloadConfig::InPlace));
+    assert_eq!(*kind, LinkKind::VhostUser { mode: SocketMode::Server });
+}
+
+#[test]
+fn a_vfio_user_link_has_keys_of_its_own() {
+    let with = |poll: &str, link: &str| {
+        format!(
+            "[reactors]\npoll = \"{poll}\"\n{NULL}[[function]]\nname = \"f\"\ntype = \"blk\"\nvolume = \"v\"\n\
+             link = {{ type = \"vfio-user\", socket = \"f.sock\"{link} }}\n"
+        )
+    };
+    let kind = |text: &str| parsed(text).functions[0].link.kind;
+    assert_eq!(kind(&with("adaptive", "")), LinkKind::VfioUser { notify: NotifyConfig::Message, msix: true });
+    let text = with("always", ", notify = \"mapped\", msix = false");
+    assert_eq!(kind(&text), LinkKind::VfioUser { notify: NotifyConfig::Mapped, msix: false });
+    assert_eq!(
+        parsed(&text).functions[0].link.to_string(),
+        "vfio-user,socket=/etc/dray/f.sock,socket-mode=0660,payload=in-place,notify=mapped,msix=false"
+    );
+    let refused = |text: &str| Config::parse(text, "c.toml", Path::new("/etc/dray")).unwrap_err().to_string();
+    let why = refused(&with("adaptive", ", notify = \"mapped\""));
+    assert!(why.contains("set `poll = \"always\"` in [reactors]"), "{why}");
+    let why = refused(&with("adaptive", ", mode = \"server\""));
+    assert!(why.contains("`mode`: only a vhost-user link has it"), "{why}");
+    let why = refused(&with("adaptive", "").replace("vfio-user\"", "vhost-user\", msix = true"));
+    assert!(why.contains("`msix`: only a vfio-user link has it"), "{why}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LimitConfig, LinkConfig, PayloadConfig};
+use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
 use crate::device::{FaultReport, QueueFault};
@@ -131,7 +131,6 @@ impl BlkFunction {
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
         let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
-        let LinkConfig::VhostUser { payload, .. } = &config.link;
         let settings = BlkSettings {
             queues: config.queues,
             queue_size_max: config.queue_size,
@@ -139,7 +138,7 @@ impl BlkFunction {
             segments_max: config.seg_max,
             block_bytes: config.block_bytes,
             write_back: config.write_cache,
-            copy_payload: *payload == PayloadConfig::Copy,
+            copy_payload: config.link.payload == PayloadConfig::Copy,
             read_only: volume.read_only,
             serial: volume.serial,
             io_timeout: volume.io_timeout,
@@ -374,6 +373,16 @@ impl FunctionSide for Arc<BlkFunction> {
             return None;
         }
         self.stop_locked(&mut inner, index)
+    }
+
+    fn forget_queue(&self, index: u16) {
+        let mut inner = self.lock();
+        if let Some(state) = inner.queues.get_mut(usize::from(index))
+            && let QueueState::Parked(..) = state
+        {
+            *state = QueueState::Off;
+            self.reactor_of(index).post(Message::Forget { key: QueueKey { function: self.number, queue: index } });
+        }
     }
 
     fn reset(&self) {

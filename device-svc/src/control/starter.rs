@@ -7,11 +7,16 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::function::{BlkFunction, FaultNotice, rates_of, start_courier};
 use super::seam::{FunctionRun, FunctionStarter, Notify, Standing, StartError};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LimitConfig, LimitGroupConfig, LinkConfig, ReactorsConfig, SocketMode};
+use crate::config::{
+    FunctionConfig, FunctionKind, LimitConfig, LimitGroupConfig, LinkConfig, LinkKind, NotifyConfig, ReactorsConfig,
+    SocketMode,
+};
 use crate::device::limit::Limit;
-use crate::link::FunctionSide;
+use crate::link::vfio_user::{VfioUserLink, VfioUserSettings};
 use crate::link::vhost_user::{Role, VhostUserLink, VhostUserSettings};
+use crate::link::{FunctionSide, LinkError};
 use crate::metrics::{QueueCounters, ReactorCounters};
+use crate::pci::Identity;
 use crate::reactor::Reactors;
 use crate::volume::Volume;
 
@@ -26,10 +31,11 @@ pub fn start_reactors(config: &ReactorsConfig) -> Result<Arc<dyn FunctionStarter
     for (number, reactor) in reactors.handles().iter().enumerate() {
         tracing::info!(reactor = number, cpu = reactor.cpu(), "a reactor turns");
     }
-    Ok(Arc::new(OnReactors { reactors, courier, groups: Mutex::default() }))
+    Ok(Arc::new(OnReactors { config: *config, reactors, courier, groups: Mutex::default() }))
 }
 
 struct OnReactors {
+    config: ReactorsConfig,
     reactors: Arc<Reactors>,
     courier: Sender<FaultNotice>,
     /// The limits of groups that have functions.
@@ -58,6 +64,7 @@ impl FunctionStarter for OnReactors {
         volume: Arc<Volume>,
         notify: Notify,
     ) -> Result<Arc<dyn FunctionRun>, StartError> {
+        config.check_reactors(&self.config).map_err(|(key, why)| StartError::Refused(format!("`{key}`: {why}")))?;
         let group = group.map(|group| self.limit_of(group));
         let reactors = Arc::clone(&self.reactors);
         let function = BlkFunction::new(config, &volume, group, reactors, self.courier.clone(), notify);
@@ -65,14 +72,7 @@ impl FunctionStarter for OnReactors {
             BackendError::Refused(why) => StartError::Refused(why),
             BackendError::Unavailable(why) => StartError::Unavailable(why),
         })?;
-        let LinkConfig::VhostUser { socket, mode, socket_mode, .. } = &config.link;
-        let role = match mode {
-            SocketMode::Server => Role::Server { mode: *socket_mode },
-            SocketMode::Client => Role::Client,
-        };
-        let settings = VhostUserSettings { function: config.name.clone(), socket: socket.clone(), role };
-        let side: Arc<dyn FunctionSide> = Arc::new(Arc::clone(&function));
-        match VhostUserLink::start(settings, side) {
+        match start_link(config, Arc::new(Arc::clone(&function))) {
             Ok(link) => Ok(Arc::new(Running { function, link: Mutex::new(Some(link)), _volume: volume })),
             Err(error) => {
                 function.close();
@@ -86,10 +86,39 @@ impl FunctionStarter for OnReactors {
     }
 }
 
+/// What keeps a function reachable; dropping it ends the connection.
+enum Link {
+    VhostUser { _link: VhostUserLink },
+    VfioUser { _link: VfioUserLink },
+}
+
+fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
+    let LinkConfig { socket, socket_mode, kind, .. } = &config.link;
+    let (function, socket, mode) = (config.name.clone(), socket.clone(), *socket_mode);
+    match *kind {
+        LinkKind::VhostUser { mode: who } => {
+            let role = match who {
+                SocketMode::Server => Role::Server { mode },
+                SocketMode::Client => Role::Client,
+            };
+            let settings = VhostUserSettings { function, socket, role };
+            VhostUserLink::start(settings, side).map(|link| Link::VhostUser { _link: link })
+        }
+        LinkKind::VfioUser { notify, msix } => {
+            let identity = match config.kind {
+                FunctionKind::Blk => Identity::BLK,
+            };
+            let mapped = notify == NotifyConfig::Mapped;
+            let settings = VfioUserSettings { function, socket, mode, identity, mapped, msix };
+            VfioUserLink::start(settings, side).map(|link| Link::VfioUser { _link: link })
+        }
+    }
+}
+
 /// A function and its link.
 struct Running {
     function: Arc<BlkFunction>,
-    link: Mutex<Option<VhostUserLink>>,
+    link: Mutex<Option<Link>>,
     /// Lives at least as long as its channels.
     _volume: Arc<Volume>,
 }

@@ -96,7 +96,7 @@ async fn volumes_and_functions_over_the_socket() {
         name: "n".to_owned(),
         r#type: "blk".to_owned(),
         volume: "x".to_owned(),
-        link: Some(v1::VhostUserLink { socket: "/tmp/n.sock".to_owned(), ..Default::default() }),
+        link: Some(v1::Link { socket: "/tmp/n.sock".to_owned(), ..Default::default() }),
         limit: Some(v1::Limit { iops: 5, ..Default::default() }),
         ..Default::default()
     };

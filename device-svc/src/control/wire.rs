@@ -12,7 +12,9 @@ use super::events::{Event, EventKind};
 use super::inventory::{FunctionState, VolumeState};
 use super::seam::Standing;
 use crate::config::quantity::format_duration;
-use crate::config::{BackendConfig, ConfigError, FunctionConfig, LimitConfig, LinkConfig, Options, VolumeConfig};
+use crate::config::{
+    BackendConfig, ConfigError, FunctionConfig, LimitConfig, LinkConfig, LinkKind, Options, VolumeConfig,
+};
 use crate::metrics::{QueueCounters, ReactorCounters, RequestKind};
 
 /// Relative paths mean nothing to a service; clients send absolute ones.
@@ -127,11 +129,13 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
         .with("limit-group", given(&settings.limit_group));
     if let Some(link) = settings.link {
         let pairs = [
-            ("type", Some("vhost-user".to_owned())),
+            ("type", Some(given(&link.r#type).unwrap_or("vhost-user").to_owned())),
             ("socket", Some(link.socket)),
             ("mode", given(&link.mode).map(str::to_owned)),
             ("socket-mode", link.socket_mode.map(|mode| format!("{mode:o}"))),
             ("payload", given(&link.payload).map(str::to_owned)),
+            ("notify", given(&link.notify).map(str::to_owned)),
+            ("msix", link.msix.map(|msix| msix.to_string())),
         ];
         options = options.with_pairs("link", pairs);
     }
@@ -179,16 +183,10 @@ pub fn limit_message(limit: &LimitConfig) -> v1::Limit {
 /// A function's settings as a message.
 #[must_use]
 pub fn function_settings(config: &FunctionConfig) -> v1::FunctionSettings {
-    let LinkConfig::VhostUser { socket, mode, socket_mode, payload } = &config.link;
     v1::FunctionSettings {
         name: config.name.clone(),
         r#type: config.kind.type_name().to_owned(),
-        link: Some(v1::VhostUserLink {
-            socket: path_text(socket),
-            mode: mode.word().to_owned(),
-            socket_mode: Some(*socket_mode),
-            payload: payload.word().to_owned(),
-        }),
+        link: Some(link_message(&config.link)),
         volume: config.volume.clone(),
         queues: config.queues.into(),
         queue_size: config.queue_size.into(),
@@ -198,6 +196,22 @@ pub fn function_settings(config: &FunctionConfig) -> v1::FunctionSettings {
         write_cache: Some(config.write_cache),
         limit: Some(limit_message(&config.limit)),
         limit_group: config.limit_group.clone().unwrap_or_default(),
+    }
+}
+
+fn link_message(link: &LinkConfig) -> v1::Link {
+    let message = v1::Link {
+        socket: path_text(&link.socket),
+        socket_mode: Some(link.socket_mode),
+        payload: link.payload.word().to_owned(),
+        r#type: link.type_name().to_owned(),
+        ..v1::Link::default()
+    };
+    match link.kind {
+        LinkKind::VhostUser { mode } => v1::Link { mode: mode.word().to_owned(), ..message },
+        LinkKind::VfioUser { notify, msix } => {
+            v1::Link { notify: notify.word().to_owned(), msix: Some(msix), ..message }
+        }
     }
 }
 
@@ -237,9 +251,8 @@ pub(super) fn function_message(state: FunctionState) -> v1::Function {
 }
 
 pub(super) fn function_view(state: FunctionState) -> v1::FunctionView {
-    let LinkConfig::VhostUser { socket, .. } = &state.config.link;
     v1::FunctionView {
-        link: format!("{}:{}", state.config.link.type_name(), socket.display()),
+        link: format!("{}:{}", state.config.link.type_name(), state.config.link.socket.display()),
         name: state.config.name,
         r#type: state.config.kind.type_name().to_owned(),
         volume_uuid: state.volume.uuid.to_string(),

@@ -3,10 +3,15 @@
 //! The link speaks the host's protocol on a thread of its own; the function behind it is a [`FunctionSide`], implemented
 //! above in `control`. A queue's hot half is a [`QueuePort`], owned by the reactor that turns the queue.
 
+mod event;
+mod listening;
+pub mod vfio_user;
 pub mod vhost_user;
 
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::address::Iova;
 use crate::dma::HostMemory;
@@ -34,6 +39,15 @@ pub struct QueuePosition {
     pub next_used: u16,
     /// Packed only: the device's wrap counter at `next_used`.
     pub used_wrap: bool,
+}
+
+impl QueuePosition {
+    /// Where a queue starts that nobody gave another position: a packed one on its first lap, where both wrap counters are 1
+    /// (virtio 1.3, 2.8.1).
+    #[must_use]
+    pub const fn fresh(packed: bool) -> Self {
+        Self { next_avail: 0, avail_wrap: packed, next_used: 0, used_wrap: packed }
+    }
 }
 
 /// Everything needed to start one queue.
@@ -121,9 +135,46 @@ pub trait FunctionSide: Send + Sync {
     /// did not run.
     fn stop_queue(&self, index: u16) -> Option<QueuePosition>;
 
+    /// A queue that was stopped starts afresh if it starts again: what was held of it is dropped.
+    fn forget_queue(&self, index: u16);
+
     /// Device reset: every queue stops, what was held is dropped, the accepted features are forgotten.
     fn reset(&self);
 
     /// Reset, and nobody is attached any more.
     fn detach(&self);
+}
+
+/// How long queues may take to stop, all together, before what is left of them is abandoned.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Stops queues, each when what it has in flight has completed.
+fn drain(function: &dyn FunctionSide, queues: impl Iterator<Item = u16>) {
+    let start = Instant::now();
+    for queue in queues {
+        // A server that does not answer costs each queue some patience; together they must not keep the service.
+        if start.elapsed() > DRAIN_TIME_MAX {
+            return;
+        }
+        function.stop_queue(queue);
+    }
+}
+
+/// Why a link could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Somebody serves that socket.
+    #[error("socket {0} is in use: another process listens on it")]
+    InUse(PathBuf),
+    /// Something that is not a socket is there.
+    #[error("{0} exists and is not a socket; remove it or choose another path")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("socket {path}: {error}")]
+    System {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
 }

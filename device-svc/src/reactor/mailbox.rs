@@ -72,6 +72,11 @@ pub enum Message {
         /// Told where it stopped; `None` if it was not there.
         reply: Sender<Option<Stopped>>,
     },
+    /// Abandon a queue that has stopped.
+    Forget {
+        /// The queue.
+        key: QueueKey,
+    },
     /// Abandon all queues of a function here.
     Reset {
         /// The function's number.

@@ -169,6 +169,11 @@ impl Turning {
                 }
                 None => drop(reply.send(None)),
             },
+            Message::Forget { key } => {
+                if let Some(place) = self.place_of(key) {
+                    self.abandon(place);
+                }
+            }
             Message::Reset { function, reply } => {
                 self.abandon_function(function);
                 self.waits.push(Wait::Reset(function, reply));

@@ -70,11 +70,10 @@ fn what_stands_against_another_is_refused() {
     let function = |name: &str, volume: &str| FunctionConfig {
         name: name.to_owned(),
         volume: volume.to_owned(),
-        link: crate::config::LinkConfig::VhostUser {
+        link: crate::config::LinkConfig {
             socket: format!("/tmp/{name}.sock").into(),
-            mode: crate::config::SocketMode::Server,
-            socket_mode: 0o660,
             payload: crate::config::PayloadConfig::Copy,
+            ..all.functions[0].link.clone()
         },
         ..all.functions[0].clone()
     };

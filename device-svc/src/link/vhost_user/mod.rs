@@ -27,13 +27,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use super::FunctionSide;
-use server::Listening;
-
-/// How long queues may take to stop, all together, before what is left of them is abandoned.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
+use super::listening::Listening;
+use super::{FunctionSide, LinkError, drain};
 
 /// Where and how a link meets its front end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,25 +52,6 @@ pub enum Role {
     },
     /// The VMM does; the card connects, and again whenever the connection ends.
     Client,
-}
-
-/// Why a link could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    /// Somebody serves that socket.
-    #[error("socket {0} is in use: another process listens on it")]
-    InUse(PathBuf),
-    /// Something that is not a socket is there.
-    #[error("{0} exists and is not a socket; remove it or choose another path")]
-    NotASocket(PathBuf),
-    /// The system refused.
-    #[error("socket {path}: {error}")]
-    System {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        error: std::io::Error,
-    },
 }
 
 /// What the link's threads and its owner share.
@@ -121,18 +98,6 @@ impl Shared {
             drain(self.function.as_ref(), 0..self.function.queue_count());
             let _ = connection.shutdown(Shutdown::Both);
         }
-    }
-}
-
-/// Stops queues, each when what it has in flight has completed.
-fn drain(function: &dyn FunctionSide, queues: impl Iterator<Item = u16>) {
-    let start = Instant::now();
-    for queue in queues {
-        // A server that does not answer costs each queue some patience; together they must not keep the service.
-        if start.elapsed() > DRAIN_TIME_MAX {
-            return;
-        }
-        function.stop_queue(queue);
     }
 }
 

@@ -1,101 +1,9 @@
 //! Doorbell and interrupt of a ring: the two eventfds that a front end hands over.
-//!
-//! Only eventfds are taken: a pipe or a socket could block the reactor that writes to it. An eventfd can block as well: a write to
-//! a counter at its maximum, a read of one at zero. Non-blocking mode does not help, for it belongs to both sides, and the front
-//! end may take it away at any moment. So the doorbell is read by a call that never blocks whatever the mode, and the interrupt is
-//! raised by the kernel itself: as the completion event of an io_uring that does nothing else. Where there is no io_uring, or an
-//! old kernel, the mode is all there is.
-#![expect(unsafe_code, reason = "system calls that no safe wrapper has")]
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-
-use io_uring::{IoUring, opcode};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use std::os::fd::RawFd;
 
 use crate::link::QueuePort;
-
-/// An eventfd of the front end's.
-#[derive(Debug)]
-pub(super) struct Event(File);
-
-impl Event {
-    /// Takes the descriptor if it is an eventfd.
-    pub(super) fn new(file: File) -> Result<Self, String> {
-        let link =
-            std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| error.to_string())?;
-        if link.as_os_str() != "anon_inode:[eventfd]" {
-            return Err(format!("{} is not an eventfd", link.display()));
-        }
-        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(|error| error.to_string())?;
-        let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
-        fcntl(&file, FcntlArg::F_SETFL(flags)).map_err(|error| error.to_string())?;
-        Ok(Self(file))
-    }
-
-    /// A second handle of the same event.
-    pub(super) fn again(&self) -> std::io::Result<Self> {
-        self.0.try_clone().map(Self)
-    }
-
-    /// Signals it, by a bell made for this once: for what is rare. Never blocks.
-    pub(super) fn signal_once(&self) {
-        if let Ok(event) = self.again() {
-            Bell::new(event).signal();
-        }
-    }
-
-    /// Takes off what was signalled; returns whether there was anything. Never blocks.
-    fn take(&mut self) -> bool {
-        let mut count = [0u8; 8];
-        let part = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
-        // SAFETY: one vector of eight bytes that outlive the call; the descriptor is ours. An offset of -1 is that of `read`.
-        let taken = unsafe { libc::preadv2(self.0.as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
-        if taken >= 0 {
-            return taken == 8;
-        }
-        // Eventfds know this flag since Linux 5.8.
-        let unknown = matches!(nix::Error::last(), nix::Error::EOPNOTSUPP | nix::Error::ENOSYS);
-        unknown && self.0.read(&mut count).is_ok()
-    }
-}
-
-/// An eventfd that is signalled from threads which must not block.
-pub(super) struct Bell {
-    event: Event,
-    ring: Option<IoUring>,
-}
-
-impl std::fmt::Debug for Bell {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Bell({:?})", self.event)
-    }
-}
-
-impl Bell {
-    pub(super) fn new(event: Event) -> Self {
-        let ring = IoUring::new(2).and_then(|ring| {
-            ring.submitter().register_eventfd(event.0.as_raw_fd())?;
-            Ok(ring)
-        });
-        Self { event, ring: ring.ok() }
-    }
-
-    /// Signals it: at its maximum it is signalled already. Never blocks.
-    pub(super) fn signal(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            // The completions of earlier signals.
-            ring.completion().for_each(drop);
-            // SAFETY: this entry refers to no memory. There is room: each is consumed before the next is made.
-            let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
-            if pushed.is_ok() && matches!(ring.submit(), Ok(1)) {
-                return;
-            }
-        }
-        let _ = (&self.event.0).write(&1u64.to_ne_bytes());
-    }
-}
+use crate::link::event::{Bell, Event};
 
 /// The port of a running ring.
 #[derive(Debug)]
@@ -106,7 +14,7 @@ pub(super) struct EventPort {
 
 impl QueuePort for EventPort {
     fn doorbell_fd(&self) -> Option<RawFd> {
-        self.kick.as_ref().map(|kick| kick.0.as_raw_fd())
+        self.kick.as_ref().map(Event::fd)
     }
 
     fn take_doorbell(&mut self) -> bool {
@@ -119,6 +27,3 @@ impl QueuePort for EventPort {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,9 +5,10 @@
 //!   get_vring_base ─► stopped, its position is the base from now on
 //! ```
 
-use super::port::{Bell, Event, EventPort};
+use super::port::EventPort;
 use super::regions::Regions;
 use crate::address::{FrontEndAddress, Iova};
+use crate::link::event::{Bell, Event};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::{QUEUE_SIZE_MAX, features};
 
@@ -61,11 +62,6 @@ pub(super) fn encode_base(position: QueuePosition, packed: bool) -> u32 {
     half(position.next_avail, position.avail_wrap) | half(position.next_used, position.used_wrap) << 16
 }
 
-/// Where a ring starts that nobody gave a base: a packed one on its first lap, where both wrap counters are 1 (virtio 1.3, 2.8.1).
-pub(super) const fn fresh(packed: bool) -> QueuePosition {
-    QueuePosition { next_avail: 0, avail_wrap: packed, next_used: 0, used_wrap: packed }
-}
-
 impl Ring {
     /// Takes the number of entries.
     pub(super) fn set_size(&mut self, size: u32, size_max: u16) -> Result<(), String> {
@@ -98,7 +94,7 @@ impl Ring {
         let again =
             |event: &Option<Event>| event.as_ref().map(Event::again).transpose().map_err(|error| error.to_string());
         let port = EventPort { kick: again(&self.kick)?, call: again(&self.call)?.map(Bell::new) };
-        let position = self.position.unwrap_or_else(|| fresh(accepted & features::RING_PACKED != 0));
+        let position = self.position.unwrap_or_else(|| QueuePosition::fresh(accepted & features::RING_PACKED != 0));
         Ok(QueueStart {
             index,
             size: self.size,

@@ -19,11 +19,11 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::channel::{Channel, Peeked};
-use super::port::Event;
 use super::regions::{Regions, SLOTS_MAX, Slot};
-use super::ring::{Ring, RingAddresses, decode_base, encode_base, fresh};
+use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{CardAddress, FrontEndAddress, Iova};
 use crate::dma::{CardMemory, CopyEngine, DmaEngine, HostMemory};
+use crate::link::event::Event;
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart};
 use crate::virtqueue::features;
 
@@ -114,7 +114,7 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
     match end {
         _ if stopping.load(Ordering::Acquire) => {
             tracing::info!(function = name, "the link ends the connection");
-            super::drain(function.as_ref(), 0..rings as u16);
+            crate::link::drain(function.as_ref(), 0..rings as u16);
         }
         Error::Disconnected | Error::PartialMessage => tracing::info!(function = name, "the front end is gone"),
         // What was refused has been said.
@@ -188,7 +188,7 @@ impl Session {
         let accepted = self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let mut start = self.rings[usize::from(number)].start(number, &self.regions, accepted)?;
         if self.packed() && start.position == QueuePosition::default() && !was_used(&start, self.regions.memory()) {
-            start.position = fresh(true);
+            start.position = QueuePosition::fresh(true);
         }
         tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
@@ -362,7 +362,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         let ring = &mut self.rings[usize::from(number)];
         ring.started = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, encode_base(ring.position.unwrap_or_else(|| fresh(packed)), packed)))
+        Ok(VhostUserVringState::new(
+            index,
+            encode_base(ring.position.unwrap_or_else(|| QueuePosition::fresh(packed)), packed),
+        ))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {

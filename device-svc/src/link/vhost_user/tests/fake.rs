@@ -140,6 +140,8 @@ impl FunctionSide for FakeFunction {
         Ok(())
     }
 
+    fn forget_queue(&self, _index: u16) {}
+
     fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
         self.note(Call::Stop(index), |record| {
             let advance = record.advance;

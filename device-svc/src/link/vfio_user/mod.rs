@@ -1,0 +1,206 @@
+//! The vfio-user link: a VMM plugs the socket in as a PCI device, and the guest's virtio-pci driver drives it.
+//!
+//! ```text
+//!   mod.rs                  one VMM after another; a second one at a time is refused
+//!     └► session.rs         one VMM's conversation: requests in, replies out
+//!          ├► framing.rs    bytes and descriptors to messages
+//!          ├► message.rs    messages to requests
+//!          ├► dma_table.rs  the memory that it maps for us
+//!          ├► function.rs   the function's registers, and what their writes do to queues
+//!          ├► interrupts.rs which event is signalled when
+//!          └► port.rs       doorbell and interrupt of a running queue
+//! ```
+//!
+//! The registers themselves are `crate::pci`'s. A connection is served on a thread of its own, so that a VMM that stops in the
+//! middle of a message, or does not read its replies, stalls nobody else.
+
+mod dma_table;
+pub mod framing;
+mod function;
+mod interrupts;
+pub mod message;
+mod port;
+mod session;
+
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::listening::Listening;
+use super::{FunctionSide, LinkError, drain};
+use crate::pci::Identity;
+
+/// How long a VMM that is refused may take to say its first word, so that it can be told why.
+const REFUSAL_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// A function's link as it is configured.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VfioUserSettings {
+    /// The function's name, for messages to people.
+    pub function: String,
+    /// The socket.
+    pub socket: PathBuf,
+    /// Its permission bits, 0 to 0o777.
+    pub mode: u32,
+    /// What the registers say it is.
+    pub identity: Identity,
+    /// Whether the VMM may map the notify registers.
+    pub mapped: bool,
+    /// Whether it has MSI-X; without, it has INTx only.
+    pub msix: bool,
+}
+
+/// What the link's threads and its owner share.
+struct Shared {
+    settings: VfioUserSettings,
+    function: Arc<dyn FunctionSide>,
+    stopping: AtomicBool,
+    /// The connection that is served, so that its owner can end a read that blocks.
+    connection: Mutex<Option<UnixStream>>,
+}
+
+/// A session and the thread that holds it.
+struct Served {
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Shared {
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd) {
+        let mut served: Option<Served> = None;
+        while !self.is_stopping() {
+            let Some(stream) = listening.accept(&self.settings.function, waker) else { continue };
+            if let Some(now) = served.take_if(|now| now.thread.is_finished() || has_hung_up(&now.stream)) {
+                now.join(&self.settings.function);
+            }
+            if served.is_some() {
+                tracing::warn!(function = %self.settings.function, "a second VMM was refused; the function has one");
+                // On a thread of its own: who says nothing must not keep the next one waiting.
+                let _ = std::thread::Builder::new().name("refusal".to_owned()).spawn(move || refuse(stream));
+                continue;
+            }
+            match self.begin(stream) {
+                Ok(new) => served = Some(new),
+                Err(error) => {
+                    tracing::warn!(function = %self.settings.function, %error, "a VMM could not be served");
+                }
+            }
+        }
+        if let Some(now) = served {
+            now.join(&self.settings.function);
+        }
+    }
+
+    fn begin(self: &Arc<Self>, stream: UnixStream) -> std::io::Result<Served> {
+        let watched = stream.try_clone()?;
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
+        let shared = Arc::clone(self);
+        let name: String = format!("vmm {}", self.settings.function).chars().take(15).collect();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            // The owner may have looked for a connection just before there was one.
+            if !shared.is_stopping() {
+                session::run(stream, &shared.settings, &shared.function, &shared.stopping);
+            }
+            *shared.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        })?;
+        Ok(Served { stream: watched, thread })
+    }
+
+    /// Ends the connection. What is in flight completes before the VMM sees the end.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let connection =
+            self.connection.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(UnixStream::try_clone);
+        // A connection that is gone already needs no end.
+        if let Some(Ok(connection)) = connection {
+            let _ = connection.shutdown(Shutdown::Read);
+            // Here and not only where the session ends: that may be stuck in a reply that the VMM does not read.
+            drain(self.function.as_ref(), 0..self.function.queue_count());
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Served {
+    fn join(self, function: &str) {
+        // What it has not read any more is of no interest: its VMM is gone.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        if self.thread.join().is_err() {
+            tracing::error!(function, "the link's thread panicked");
+        }
+    }
+}
+
+/// Whether the peer has closed its end, whatever it has left to be read.
+fn has_hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    // What is not asked for but always told: the end of the connection.
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+/// Answers the first request with "busy".
+fn refuse(stream: UnixStream) {
+    let timed =
+        stream.set_read_timeout(Some(REFUSAL_TIME_MAX)).and_then(|()| stream.set_write_timeout(Some(REFUSAL_TIME_MAX)));
+    if timed.is_ok() {
+        session::refuse(stream);
+    }
+}
+
+/// A function's vfio-user link. Dropping it ends the connection and removes the socket.
+pub struct VfioUserLink {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    waker: Arc<EventFd>,
+}
+
+impl VfioUserLink {
+    /// Starts to listen for `function`.
+    ///
+    /// # Errors
+    /// When the socket is in use or cannot be made.
+    pub fn start(settings: VfioUserSettings, function: Arc<dyn FunctionSide>) -> Result<Self, LinkError> {
+        let path = settings.socket.clone();
+        let system = |error| LinkError::System { path: path.clone(), error };
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let waker = Arc::new(EventFd::from_value_and_flags(0, flags).map_err(|error| system(error.into()))?);
+        let listening = Listening::open(&settings.socket, settings.mode)?;
+        let name: String = format!("link {}", settings.function).chars().take(15).collect();
+        let shared =
+            Arc::new(Shared { settings, function, stopping: AtomicBool::new(false), connection: Mutex::new(None) });
+        let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
+        let thread =
+            std::thread::Builder::new().name(name).spawn(move || theirs.run(&listening, &wake)).map_err(system)?;
+        Ok(Self { shared, thread: Some(thread), waker })
+    }
+
+    /// Ends the connection, removes the socket and waits for the link's threads.
+    pub fn stop(&mut self) {
+        self.shared.stop();
+        // A full counter rings just as well.
+        let _ = self.waker.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(function = %self.shared.settings.function, "the link's thread panicked");
+        }
+    }
+}
+
+impl Drop for VfioUserLink {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

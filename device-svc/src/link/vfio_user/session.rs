@@ -1,0 +1,488 @@
+//! One VMM's conversation, from connection to hang-up: requests in, replies out.
+//!
+//! Requests are handled in the order in which they come, and each is done when its reply leaves. What is refused is answered with an
+//! error number; what is malformed too, and the stream goes on. A reply never waits for a storage server, because a VMM gives up on
+//! one after a few seconds: queues stop, and memory goes, as soon as what touches the VM's memory has ended.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::VfioUserSettings;
+use super::dma_table::{DmaTable, MAPS_MAX, PAGE_BYTES};
+use super::framing::{DESCRIPTORS_MAX, FLAG_ERROR, FLAG_NO_REPLY, FLAG_TYPE, Framing, FramingError, Header, Message};
+use super::framing::{TYPE_COMMAND, TYPE_REPLY};
+use super::function::ShownFunction;
+use super::interrupts::Action;
+use super::message::{
+    BODY_BYTES_MAX, Capabilities, DeviceInfo, DmaMap, DmaUnmap, IrqAction, IrqData, IrqInfo, IrqSet, RegionAccess,
+    RegionInfo, Request, SmallWrite, TRANSFER_BYTES_MAX, VersionBody, version_text,
+};
+use crate::address::Iova;
+use crate::link::event::Event;
+use crate::link::{FunctionSide, drain};
+use crate::pci::{Space, VIRTIO_BAR, layout};
+
+/// The version that is spoken: 0.1.
+const MAJOR: u16 = 0;
+const MINOR: u16 = 1;
+
+/// Regions of a PCI device (`VFIO_PCI_NUM_REGIONS`): six BARs, the ROM, the configuration space, VGA.
+const REGIONS: u32 = 9;
+const REGION_CONFIG: u32 = 7;
+/// Kinds of interrupts (`VFIO_PCI_NUM_IRQS`): INTx, MSI, MSI-X, error, request.
+const IRQS: u32 = 5;
+const IRQ_INTX: u32 = 0;
+const IRQ_MSIX: u32 = 2;
+
+const DEVICE_RESET: u32 = 1;
+const DEVICE_PCI: u32 = 1 << 1;
+const REGION_READ: u32 = 1;
+const REGION_WRITE: u32 = 1 << 1;
+const REGION_MMAP: u32 = 1 << 2;
+const REGION_CAPS: u32 = 1 << 3;
+const IRQ_EVENTFD: u32 = 1;
+const IRQ_MASKABLE: u32 = 1 << 1;
+const IRQ_AUTOMASKED: u32 = 1 << 2;
+
+const UNMAP_DIRTY: u32 = 1 << 1;
+const UNMAP_ALL: u32 = 1 << 2;
+
+/// Descriptors that we say we take with one message: one for each of as many vectors. More are taken too.
+const DESCRIPTORS_SAID: u32 = 16;
+
+/// A reply, but for its header.
+#[derive(Default)]
+struct Reply {
+    body: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+impl Reply {
+    fn of(body: &[u8]) -> Self {
+        Self { body: body.to_vec(), fds: Vec::new() }
+    }
+}
+
+/// Why a request is answered with an error.
+#[derive(Debug)]
+struct Refusal {
+    errno: Errno,
+    why: String,
+}
+
+fn refusal<T>(errno: Errno, why: impl std::fmt::Display) -> Result<T, Refusal> {
+    Err(Refusal { errno, why: why.to_string() })
+}
+
+struct Session {
+    name: String,
+    function: ShownFunction,
+    side: Arc<dyn FunctionSide>,
+    dma: DmaTable,
+    /// The pages of the virtio BAR, if the VMM may map its notify registers.
+    notify: Option<OwnedFd>,
+    /// VERSION has been agreed upon.
+    greeted: bool,
+    /// Something was refused, and people were told: once for each VMM, which could otherwise fill a disk with our words.
+    warned: bool,
+}
+
+/// Converses until the VMM hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
+pub(super) fn run(
+    stream: UnixStream,
+    settings: &VfioUserSettings,
+    side: &Arc<dyn FunctionSide>,
+    stopping: &AtomicBool,
+) {
+    let name = &settings.function;
+    let mut session = match Session::new(settings, side) {
+        Ok(session) => session,
+        Err(error) => {
+            tracing::warn!(function = name, %error, "a VMM could not be served");
+            return;
+        }
+    };
+    tracing::info!(function = name, "a VMM is attached");
+    let end = session.converse(&mut Framing::new(stream, BODY_BYTES_MAX, DESCRIPTORS_MAX));
+    match end {
+        _ if stopping.load(Ordering::Acquire) => {
+            tracing::info!(function = name, "the link ends the connection");
+            drain(side.as_ref(), 0..side.queue_count());
+        }
+        FramingError::Closed | FramingError::Truncated => tracing::info!(function = name, "the VMM is gone"),
+        error if session.warned => {
+            tracing::info!(function = name, %error, "the VMM broke the protocol; the connection ends");
+        }
+        error => tracing::warn!(function = name, %error, "the VMM broke the protocol; the connection ends"),
+    }
+    session.function.detach();
+}
+
+/// Answers the first request with "busy", and ends the conversation.
+pub(super) fn refuse(stream: UnixStream) {
+    let mut framing = Framing::new(stream, BODY_BYTES_MAX, DESCRIPTORS_MAX);
+    let mut message = Message::default();
+    if framing.receive(&mut message).is_ok() {
+        // A peer that is gone already needs no answer.
+        let _ = answer_error(&framing, message.header, Errno::EBUSY);
+    }
+}
+
+fn answer_error(framing: &Framing, request: Header, errno: Errno) -> Result<(), FramingError> {
+    let header = Header { flags: TYPE_REPLY | FLAG_ERROR, error: errno as u32, ..request };
+    framing.send(header, &[], &[])
+}
+
+impl Session {
+    fn new(settings: &VfioUserSettings, side: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
+        let notify = if settings.mapped { Some(pages()?) } else { None };
+        Ok(Self {
+            name: settings.function.clone(),
+            function: ShownFunction::new(settings, side)?,
+            side: Arc::clone(side),
+            dma: DmaTable::default(),
+            notify,
+            greeted: false,
+            warned: false,
+        })
+    }
+
+    fn converse(&mut self, framing: &mut Framing) -> FramingError {
+        let mut message = Message::default();
+        loop {
+            let done = framing.receive(&mut message).and_then(|()| self.serve(framing, &mut message));
+            if let Err(end) = done {
+                return end;
+            }
+        }
+    }
+
+    fn serve(&mut self, framing: &Framing, message: &mut Message) -> Result<(), FramingError> {
+        let header = message.header;
+        if header.flags & FLAG_TYPE != TYPE_COMMAND {
+            // A reply to nothing that was asked.
+            self.warn(header.command, &"a reply that nobody waits for");
+            return Ok(());
+        }
+        tracing::trace!(function = %self.name, ?header, body = ?&message.body[..message.body.len().min(64)], "a request");
+        let fds = std::mem::take(&mut message.fds);
+        let result = match Request::parse(header.command, &message.body) {
+            Ok(request) => self.handle(request, fds),
+            Err(bad) => refusal(bad.errno(), bad),
+        };
+        let wanted = header.flags & FLAG_NO_REPLY == 0;
+        match result {
+            Ok(reply) if wanted => {
+                let header = Header { flags: TYPE_REPLY, error: 0, ..header };
+                let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(AsFd::as_fd).collect();
+                framing.send(header, &[&reply.body], &fds)
+            }
+            Ok(_) => Ok(()),
+            Err(refusal) => {
+                self.warn(header.command, &refusal.why);
+                if wanted { answer_error(framing, header, refusal.errno) } else { Ok(()) }
+            }
+        }
+    }
+
+    fn warn(&mut self, command: u16, why: &dyn std::fmt::Display) {
+        if std::mem::replace(&mut self.warned, true) {
+            tracing::debug!(function = %self.name, command, %why, "refused");
+        } else {
+            tracing::warn!(function = %self.name, command, %why, "refused; what is refused after it is not reported");
+        }
+    }
+
+    fn handle(&mut self, request: Request<'_>, fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
+        if let Request::Version(version, capabilities) = request {
+            return self.greet(version, &capabilities);
+        }
+        if !self.greeted {
+            return refusal(Errno::EINVAL, "the first message must be the version");
+        }
+        match request {
+            Request::Version(..) => unreachable!("answered above"),
+            Request::DmaMap(map) => self.map(map, &fds),
+            Request::DmaUnmap(unmap) => self.unmap(unmap),
+            Request::DeviceInfo(info) => {
+                let needed = size_of::<DeviceInfo>() as u32;
+                check_room(info.argsz, needed)?;
+                let flags = DEVICE_RESET | DEVICE_PCI;
+                Ok(Reply::of(DeviceInfo { argsz: needed, flags, regions: REGIONS, irqs: IRQS }.as_bytes()))
+            }
+            Request::RegionInfo(info) => self.region_info(info),
+            Request::IrqInfo(info) => self.irq_info(info),
+            Request::SetIrqs(set, action, data) => self.set_irqs(set, action, data, fds),
+            Request::RegionRead(access) => {
+                let mut reply = access.as_bytes().to_vec();
+                reply.resize(reply.len() + access.count as usize, 0);
+                let space = space_of(access.region)?;
+                let data = &mut reply[size_of::<RegionAccess>()..];
+                match self.function.read(space, access.offset, data) {
+                    Ok(()) => Ok(Reply { body: reply, fds: Vec::new() }),
+                    Err(bad) => refusal(Errno::EINVAL, bad),
+                }
+            }
+            Request::RegionWrite(access, data) => {
+                self.write(access.region, access.offset, data)?;
+                Ok(Reply::of(access.as_bytes()))
+            }
+            Request::RegionWriteMulti(writes) => {
+                for bytes in writes {
+                    let Ok(write) = SmallWrite::read_from_bytes(bytes) else { continue };
+                    match write.data.get(..write.count as usize) {
+                        Some(data) => self.write(write.region, write.offset, data)?,
+                        None => return refusal(Errno::EINVAL, "a small write of more than 8 bytes"),
+                    }
+                }
+                Ok(Reply::of(&(writes.len() as u64).to_ne_bytes()))
+            }
+            Request::DeviceReset => {
+                self.function.reset();
+                Ok(Reply::default())
+            }
+            // Migration is the only feature that the protocol has, and this function cannot be migrated.
+            Request::DeviceFeature(_) => refusal(Errno::ENOTTY, "there is no such device feature"),
+        }
+    }
+
+    fn greet(&mut self, version: VersionBody, capabilities: &Capabilities) -> Result<Reply, Refusal> {
+        if self.greeted {
+            return refusal(Errno::EINVAL, "a second version");
+        }
+        if version.major != MAJOR {
+            return refusal(
+                Errno::ENOTSUP,
+                format!("version {}.{}; {MAJOR}.{MINOR} is spoken here", version.major, version.minor),
+            );
+        }
+        self.greeted = true;
+        tracing::debug!(function = %self.name, ?version, ?capabilities, "a VMM has said what it can do");
+        let reply = VersionBody { major: MAJOR, minor: version.minor.min(MINOR) };
+        let ours = Capabilities {
+            max_msg_fds: Some(DESCRIPTORS_SAID),
+            max_data_xfer_size: Some(TRANSFER_BYTES_MAX),
+            max_dma_maps: Some(MAPS_MAX as u32),
+            pgsizes: Some(PAGE_BYTES),
+            write_multiple: capabilities.write_multiple,
+            twin_socket: None,
+        };
+        Ok(Reply::of(&[reply.as_bytes(), &version_text(&ours)].concat()))
+    }
+
+    fn map(&mut self, map: DmaMap, fds: &[OwnedFd]) -> Result<Reply, Refusal> {
+        if fds.len() > 1 {
+            return refusal(Errno::EINVAL, format!("{} descriptors for one range", fds.len()));
+        }
+        let start = Iova(map.address);
+        match self.dma.map(start, map.size, map.offset, fds.first()) {
+            Ok(changed) => {
+                if changed {
+                    let memory = Arc::clone(self.dma.memory());
+                    self.side.set_memory(Arc::clone(&memory));
+                    self.function.come_back(|start, length| memory.covers(start, length));
+                }
+                Ok(Reply::default())
+            }
+            Err(why) => refusal(why.errno(), why),
+        }
+    }
+
+    fn unmap(&mut self, unmap: DmaUnmap) -> Result<Reply, Refusal> {
+        if unmap.flags & UNMAP_DIRTY != 0 {
+            return refusal(Errno::ENOTSUP, "dirty pages are not tracked");
+        }
+        if unmap.flags & UNMAP_ALL != 0 {
+            return refusal(Errno::ENOTSUP, "ranges are taken away one by one");
+        }
+        let start = Iova(unmap.address);
+        self.function.leave(start, unmap.size);
+        match self.dma.unmap(start, unmap.size) {
+            Ok(changed) => {
+                if changed {
+                    // Returns when nothing touches what is gone.
+                    self.side.set_memory(Arc::clone(self.dma.memory()));
+                }
+                Ok(Reply::of(unmap.as_bytes()))
+            }
+            Err(why) => refusal(why.errno(), why),
+        }
+    }
+
+    fn region_info(&self, info: RegionInfo) -> Result<Reply, Refusal> {
+        let mut needed = size_of::<RegionInfo>() as u32;
+        check_room(info.argsz, needed)?;
+        if info.index >= REGIONS {
+            return refusal(Errno::EINVAL, format!("there is no region {}", info.index));
+        }
+        let size = space_of(info.index).map_or(0, |space| self.function.shown().lock().bytes_of(space));
+        let mut reply = RegionInfo { argsz: needed, index: info.index, size, ..RegionInfo::default() };
+        if size == 0 {
+            return Ok(Reply::of(reply.as_bytes()));
+        }
+        reply.flags = REGION_READ | REGION_WRITE;
+        let Some(pages) = self.notify.as_ref().filter(|_| info.index == u32::from(VIRTIO_BAR)) else {
+            return Ok(Reply::of(reply.as_bytes()));
+        };
+        // Only the notify registers: whoever stores to another must be heard.
+        let capability = sparse(&[(layout::NOTIFY.offset.into(), layout::NOTIFY.length.into())]);
+        needed += capability.len() as u32;
+        reply.argsz = needed;
+        reply.flags |= REGION_MMAP | REGION_CAPS;
+        let again = pages.try_clone().or_else(|error| refusal(Errno::EMFILE, error))?;
+        let mut body = reply.as_bytes().to_vec();
+        if info.argsz >= needed {
+            reply.cap_offset = size_of::<RegionInfo>() as u32;
+            body = [reply.as_bytes(), &capability].concat();
+        }
+        Ok(Reply { body, fds: vec![again] })
+    }
+
+    fn irq_info(&self, info: IrqInfo) -> Result<Reply, Refusal> {
+        let needed = size_of::<IrqInfo>() as u32;
+        check_room(info.argsz, needed)?;
+        let (count, flags) = match info.index {
+            IRQ_INTX => (1, IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED),
+            IRQ_MSIX => (u32::from(self.function.shown().interrupts.vectors()), IRQ_EVENTFD),
+            index if index < IRQS => (0, 0),
+            index => return refusal(Errno::EINVAL, format!("there are no interrupts of kind {index}")),
+        };
+        Ok(Reply::of(IrqInfo { argsz: needed, flags, index: info.index, count }.as_bytes()))
+    }
+
+    fn set_irqs(&self, set: IrqSet, action: IrqAction, data: IrqData<'_>, fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
+        let shown = self.function.shown();
+        let there = match set.index {
+            IRQ_INTX => 1,
+            IRQ_MSIX => u32::from(shown.interrupts.vectors()),
+            _ => 0,
+        };
+        let end = set.start.checked_add(set.count).filter(|end| *end <= there);
+        let Some(end) = end else {
+            return refusal(
+                Errno::EINVAL,
+                format!("there are no {} interrupts of kind {} from {} on", set.count, set.index, set.start),
+            );
+        };
+        let range = set.start as u16..end as u16;
+        let mut events = Vec::new();
+        if data == IrqData::Events {
+            if action != IrqAction::Trigger {
+                return refusal(Errno::ENOTSUP, "interrupts are masked by messages only");
+            }
+            if !fds.is_empty() && fds.len() != range.len() {
+                return refusal(Errno::EINVAL, format!("{} descriptors for {} interrupts", fds.len(), range.len()));
+            }
+            for fd in fds {
+                let event = Event::new(File::from(fd)).or_else(|why| refusal(Errno::EINVAL, why))?;
+                events.push(event);
+            }
+        }
+        // Taken away: one by one, or the whole kind at once.
+        let all_off = data == IrqData::None && action == IrqAction::Trigger && set.count == 0;
+        if data == IrqData::Events || all_off {
+            let range = if all_off { 0..there as u16 } else { range };
+            let mut events = events.into_iter();
+            for number in range {
+                self.connect(set.index, number, events.next());
+            }
+        } else {
+            for (number, place) in range.zip(0..) {
+                let concerned = match data {
+                    IrqData::Bools(bools) => bools.get(place).is_some_and(|wanted| *wanted != 0),
+                    IrqData::None | IrqData::Events => true,
+                };
+                if concerned {
+                    self.act(set.index, number, action);
+                }
+            }
+        }
+        let mut registers = shown.lock();
+        if set.index == IRQ_MSIX && data == IrqData::Events {
+            registers.config.set_msix_enabled(true);
+        }
+        shown.interrupts.follow(&registers);
+        Ok(Reply::default())
+    }
+
+    fn connect(&self, kind: u32, number: u16, event: Option<Event>) {
+        let shown = self.function.shown();
+        if kind == IRQ_INTX {
+            shown.interrupts.set_intx(event);
+        } else {
+            if event.is_some() {
+                shown.lock().msix.set_masked(number, false);
+            }
+            shown.interrupts.set_vector(number, event);
+        }
+    }
+
+    fn act(&self, kind: u32, number: u16, action: IrqAction) {
+        let shown = self.function.shown();
+        match (kind, action) {
+            (IRQ_INTX, IrqAction::Mask) => shown.interrupts.act_on_intx(Action::Mask),
+            (IRQ_INTX, IrqAction::Unmask) => shown.interrupts.act_on_intx(Action::Unmask),
+            (IRQ_INTX, IrqAction::Trigger) => shown.interrupts.act_on_intx(Action::Trigger),
+            (_, IrqAction::Mask) => shown.lock().msix.set_masked(number, true),
+            (_, IrqAction::Unmask) => shown.lock().msix.set_masked(number, false),
+            (_, IrqAction::Trigger) => shown.interrupts.trigger_vector(number),
+        }
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+        let space = space_of(region)?;
+        self.function.write(space, offset, data).or_else(|bad| refusal(Errno::EINVAL, bad))
+    }
+}
+
+/// The sender must have room for at least the structure itself.
+fn check_room(argsz: u32, needed: u32) -> Result<(), Refusal> {
+    if argsz < needed {
+        return refusal(Errno::EINVAL, format!("room for {argsz} bytes; the reply has {needed}"));
+    }
+    Ok(())
+}
+
+fn space_of(region: u32) -> Result<Space, Refusal> {
+    match region {
+        0..=5 => Ok(Space::Bar(region as u8)),
+        REGION_CONFIG => Ok(Space::Config),
+        _ => refusal(Errno::EINVAL, format!("there is no region {region}")),
+    }
+}
+
+/// The capability that says which parts of a region can be mapped (`VFIO_REGION_INFO_CAP_SPARSE_MMAP`).
+fn sparse(areas: &[(u64, u64)]) -> Vec<u8> {
+    const SPARSE_MMAP: u16 = 1;
+    const VERSION: u16 = 1;
+    let mut bytes = Vec::new();
+    bytes.extend(SPARSE_MMAP.to_ne_bytes());
+    bytes.extend(VERSION.to_ne_bytes());
+    // The last in the list.
+    bytes.extend(0_u32.to_ne_bytes());
+    bytes.extend((areas.len() as u32).to_ne_bytes());
+    bytes.extend(0_u32.to_ne_bytes());
+    for (offset, length) in areas {
+        bytes.extend(offset.to_ne_bytes());
+        bytes.extend(length.to_ne_bytes());
+    }
+    bytes
+}
+
+/// Memory for the virtio BAR. The card never looks at it: a reactor that polls finds what a doorbell would announce.
+fn pages() -> std::io::Result<OwnedFd> {
+    let fd = memfd_create(c"dray-notify", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    ftruncate(&fd, layout::VIRTIO_BAR_BYTES.into())?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(fd)
+}
