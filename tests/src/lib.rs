@@ -4,9 +4,11 @@
 //! say that they are skipped, and only `tests/run --no-rig` does without.
 
 mod card;
+mod guest;
 mod process;
 
 pub use card::{Card, CardSettings};
+pub use guest::{boot_guest, qmp};
 pub use process::{Log, Process, wait_for, wait_for_or};
 
 use std::path::PathBuf;

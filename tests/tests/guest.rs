@@ -1,12 +1,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking")]
 //! A Linux guest under QEMU, whose own virtio driver uses the disk.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::Command;
-
-use tests::{Card, CardSettings, Process, rig, wait_for};
+use tests::{Card, CardSettings, Process, boot_guest, qmp, rig};
 
 const DISK: &str = r#"
 [[volume]]
@@ -23,22 +18,10 @@ queues = 2
 
 /// Boots a guest with the disk of `card`, to run `job`.
 fn boot(card: &Card, job: &str, more: &[&str]) -> Process {
-    let script = card.path("job.sh");
-    std::fs::write(&script, job).unwrap();
-    let runner = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/guest-run");
     let device = "vhost-user-blk-pci,chardev=c0,num-queues=2";
-    Process::start(
-        Command::new(runner)
-            .arg("--job")
-            .arg(script)
-            .arg("--qmp")
-            .arg(card.path("qmp.sock"))
-            .args(["--timeout", "110", "--"])
-            .arg("-chardev")
-            .arg(format!("socket,id=c0,path={},reconnect-ms=100", card.path("f.sock").display()))
-            .arg("-device")
-            .arg(if more.is_empty() { device.to_owned() } else { format!("{device},{}", more.join(",")) }),
-    )
+    let chardev = format!("socket,id=c0,path={},reconnect-ms=100", card.path("f.sock").display());
+    let device = if more.is_empty() { device.to_owned() } else { format!("{device},{}", more.join(",")) };
+    boot_guest(card, job, &["-chardev", &chardev, "-device", &device])
 }
 
 fn card() -> Card {
@@ -96,26 +79,6 @@ fn the_guest_sees_a_resize() {
     assert!(output.contains("SIZE 1048576"), "{output}");
 }
 
-/// Sends one QMP command.
-fn qmp(card: &Card, command: &str) {
-    let path = card.path("qmp.sock");
-    wait_for("QMP", || path.exists());
-    let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
-    let mut heard = String::new();
-    let mut say = |words: &str, answers: usize| {
-        stream.write_all(words.as_bytes()).unwrap();
-        while heard.matches("\"return\"").count() < answers {
-            let mut bytes = [0; 4096];
-            let count = stream.read(&mut bytes).unwrap();
-            assert!(count > 0, "{heard}");
-            heard.push_str(&String::from_utf8_lossy(&bytes[..count]));
-        }
-    };
-    say("{\"execute\":\"qmp_capabilities\"}\n", 1);
-    say(&format!("{{\"execute\":\"{command}\"}}\n"), 2);
-}
-
 #[test]
 fn pause_and_reset_lose_nothing() {
     if rig().is_none() {
@@ -134,8 +97,8 @@ fn pause_and_reset_lose_nothing() {
     let mut guest = boot(&card, job, &[]);
     for round in ["ROUND 3\r", "ROUND 8\r", "ROUND 15\r"] {
         guest.wait_for_output(round);
-        qmp(&card, "stop");
-        qmp(&card, "cont");
+        qmp(&card, "stop", "{}");
+        qmp(&card, "cont", "{}");
     }
     guest.succeed();
 }
