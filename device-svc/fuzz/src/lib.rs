@@ -78,7 +78,7 @@ pub fn tables(memory: &GuestMemory) -> [Arc<HostMemory>; 2] {
     [first, first / 2].map(|second| {
         let region = |at: u64, bytes: u64| Region::new(Iova(BASE + at), bytes, Arc::clone(&mapping), at as usize);
         let regions = [region(0, first), region(first, second)].map(|region| region.expect("it lies in the mapping"));
-        Arc::new(HostMemory::new(regions.into()).expect("they do not overlap"))
+        Arc::new(HostMemory::new(regions).expect("they do not overlap"))
     })
 }
 

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
-use device_svc::dma::HostMemory;
+use device_svc::dma::{HostMemory, Removed};
 use device_svc::driver::GuestMemory;
 use device_svc::link::vhost_user::{Role, VhostUserLink, VhostUserSettings};
 use device_svc::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
@@ -81,10 +81,12 @@ impl FunctionSide for Function {
         for region in memory.regions() {
             assert!(region.start().0 >= end && region.length() > 0, "regions overlap");
             end = region.start().0 + region.length();
-            assert!(region.length() <= region.mapping().len() as u64);
+            assert!(region.mapping().is_some_and(|mapping| region.length() <= mapping.len() as u64));
         }
         self.state().memory = memory;
     }
+
+    fn release_memory(&self, _removed: Removed) {}
 
     fn start_queue(&self, start: QueueStart) -> Result<(), Refusal> {
         let mut state = self.state();

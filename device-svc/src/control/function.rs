@@ -13,7 +13,7 @@ use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
 use crate::device::{FaultReport, QueueFault};
-use crate::dma::{CopyEngine, HostMemory};
+use crate::dma::{CopyEngine, HostMemory, Removed};
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
@@ -329,6 +329,16 @@ impl FunctionSide for Arc<BlkFunction> {
         let mut inner = self.lock();
         inner.memory = Arc::clone(&memory);
         self.ask_each(|reply| Message::SetMemory { function: self.number, memory: Arc::clone(&memory), reply });
+    }
+
+    fn release_memory(&self, removed: Removed) {
+        let inner = self.lock();
+        // Without queues nothing is in flight.
+        if removed.is_empty() || inner.queues.iter().all(|state| *state == QueueState::Off) {
+            return;
+        }
+        let removed = Arc::new(removed);
+        self.ask_each(|reply| Message::LetGo { function: self.number, removed: Arc::clone(&removed), reply });
     }
 
     fn start_queue(&self, start: QueueStart) -> Result<(), Refusal> {

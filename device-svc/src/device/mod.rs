@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use crate::backend::{BlockChannel, BlockFault};
 use crate::clock::Moment;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
 pub use crate::mirror::QueueFault;
@@ -77,6 +77,10 @@ pub trait Lane: Send {
     /// Use this table as soon as nothing in flight depends on what is not in it. Returns whether it is in use; ask again
     /// after a turn if not.
     fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool;
+
+    /// Let go of memory that has left the table. Returns false, to be asked again after a turn, while something in flight is
+    /// in it.
+    fn let_go(&mut self, removed: &Removed) -> bool;
 }
 
 /// Told once, when a lane stops on a fault; called on the reactor, so it must not block.

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::{
-    CardMemory, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Ticket, Unmapped, full_barrier, prefetch_read,
-    prefetch_write,
+    Access, CardMemory, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Removed, Ticket, Unmapped,
+    full_barrier, prefetch_read, prefetch_write,
 };
 use crate::address::{CardAddress, Iova};
 
@@ -36,10 +36,11 @@ struct Window {
     start: Iova,
     length: u64,
     base: *mut u8,
+    access: Access,
 }
 
 impl Window {
-    const NONE: Self = Self { start: Iova(0), length: 0, base: std::ptr::null_mut() };
+    const NONE: Self = Self { start: Iova(0), length: 0, base: std::ptr::null_mut(), access: Access::None };
 }
 
 /// A DMA engine that is a memory copy.
@@ -52,8 +53,8 @@ pub struct CopyEngine {
     counters: DmaCounters,
 }
 
-// SAFETY: the addresses in `window` and `noted` mean memory of `memory`, which the engine holds and which may be used from any
-// thread; only the engine's owner uses them.
+// SAFETY: the addresses in `window` and `noted` mean memory of `memory`, which stays mapped until the engine has let it go and may be
+// used from any thread; only the engine's owner uses them.
 unsafe impl Send for CopyEngine {}
 
 impl CopyEngine {
@@ -66,20 +67,24 @@ impl CopyEngine {
 
     /// Where the bytes at `address` are, and how many of `length` follow there in one run.
     #[inline]
-    fn resolve(&mut self, address: Iova, length: u64) -> Option<(*mut u8, u64)> {
+    fn resolve(&mut self, address: Iova, length: u64, direction: Direction) -> Option<(*mut u8, u64)> {
         let inside = address.0.wrapping_sub(self.window.start.0);
-        if inside < self.window.length {
+        if inside < self.window.length && self.window.access.allows(direction) {
             return Some((self.window.base.wrapping_add(inside as usize), length.min(self.window.length - inside)));
         }
-        self.look_up(address, length)
+        self.look_up(address, length, direction)
     }
 
-    #[cold]
-    fn look_up(&mut self, address: Iova, length: u64) -> Option<(*mut u8, u64)> {
-        let (start, bytes, base) = self.memory.region_at(address)?;
-        self.window = Window { start, length: bytes, base };
-        let inside = address.0 - start.0;
-        Some((base.wrapping_add(inside as usize), length.min(bytes - inside)))
+    /// Not inlined: behind a guest's IOMMU it is called often, but then it is not the call that costs.
+    #[inline(never)]
+    fn look_up(&mut self, address: Iova, length: u64, direction: Direction) -> Option<(*mut u8, u64)> {
+        let found = self.memory.find(address)?;
+        if found.base.is_null() || !found.access.allows(direction) {
+            return None;
+        }
+        self.window = Window { start: found.start, length: found.length, base: found.base, access: found.access };
+        let inside = address.0 - found.start.0;
+        Some((found.base.wrapping_add(inside as usize), length.min(found.length - inside)))
     }
 
     /// Walks the runs of a host range and hands each with its offset to `copy`.
@@ -88,11 +93,12 @@ impl CopyEngine {
         &mut self,
         address: Iova,
         length: u64,
+        direction: Direction,
         mut copy: impl FnMut(&CardMemory, *mut u8, usize, usize),
     ) -> Result<(), Unmapped> {
         let (mut at, mut done) = (address, 0);
         while done < length {
-            let Some((pointer, run)) = self.resolve(at, length - done) else {
+            let Some((pointer, run)) = self.resolve(at, length - done, direction) else {
                 return Err(Unmapped { address, length });
             };
             copy(&self.card, pointer, done as usize, run as usize);
@@ -105,7 +111,7 @@ impl CopyEngine {
     /// A read that is long, or spans regions, or comes when enough have been noted.
     fn read_now(&mut self, from: Iova, to: CardAddress, length: u32) -> Result<(), Unmapped> {
         self.make_noted();
-        self.runs(from, u64::from(length), |card, host, offset, run| {
+        self.runs(from, u64::from(length), Direction::FromHost, |card, host, offset, run| {
             let card = card.pointer(to.add(offset as u32), run);
             // SAFETY: `runs` yields mapped host ranges, and the card's range was checked just now; the two kinds of memory
             // never overlap.
@@ -117,7 +123,7 @@ impl CopyEngine {
     #[cold]
     fn write_runs(&mut self, from: CardAddress, to: Iova, length: u32) -> Result<(), Unmapped> {
         self.make_noted();
-        self.runs(to, u64::from(length), |card, host, offset, run| {
+        self.runs(to, u64::from(length), Direction::ToHost, |card, host, offset, run| {
             let card = card.pointer(from.add(offset as u32), run);
             // SAFETY: as in `read_now`, the other way.
             unsafe { std::ptr::copy_nonoverlapping(card.cast_const(), host, run) }
@@ -126,10 +132,10 @@ impl CopyEngine {
 
     /// The aligned 16-bit word at `address`.
     #[inline]
-    fn word(&mut self, address: Iova) -> Result<&AtomicU16, Unmapped> {
-        match self.resolve(address, 2) {
+    fn word(&mut self, address: Iova, direction: Direction) -> Result<&AtomicU16, Unmapped> {
+        match self.resolve(address, 2, direction) {
             Some((pointer, 2)) if pointer as usize & 1 == 0 => {
-                // SAFETY: two mapped, aligned bytes that stay mapped while `self.memory` holds the region; every access
+                // SAFETY: two mapped, aligned bytes that stay mapped until this engine has let the region go; every access
                 // to a ring index goes through an atomic.
                 Ok(unsafe { AtomicU16::from_ptr(pointer.cast::<u16>()) })
             }
@@ -142,8 +148,8 @@ impl CopyEngine {
     fn make_noted(&mut self) {
         for &Noted { host, card, length } in &self.noted {
             let card = self.card.pointer(card, length as usize);
-            // SAFETY: `read` resolved `length` mapped bytes at `host`, which stay mapped while `self.memory` holds them (it is
-            // changed only when nothing is noted); the card's range was checked just now, and the two never overlap.
+            // SAFETY: `read` resolved `length` mapped bytes at `host`, which stay mapped until this engine has let them go,
+            // which it does only when nothing is noted; the card's range was checked just now, and the two never overlap.
             unsafe { copy(host, card, length as usize) };
         }
         self.noted.clear();
@@ -179,6 +185,14 @@ impl DmaEngine for CopyEngine {
         self.memory = memory;
     }
 
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        if removed.touches(self.window.start, self.window.length) {
+            self.window = Window::NONE;
+        }
+        // Between turns there are none.
+        self.noted.is_empty()
+    }
+
     fn memory(&self) -> &Arc<HostMemory> {
         &self.memory
     }
@@ -187,7 +201,7 @@ impl DmaEngine for CopyEngine {
     fn read(&mut self, from: Iova, to: CardAddress, length: u32) -> Result<(), Unmapped> {
         self.counters.reads += 1;
         self.counters.read_bytes += u64::from(length);
-        match self.resolve(from, u64::from(length)) {
+        match self.resolve(from, u64::from(length), Direction::FromHost) {
             Some((host, run))
                 if run == u64::from(length) && length <= NOTED_BYTES_MAX && self.noted.len() < NOTED_MAX =>
             {
@@ -203,7 +217,7 @@ impl DmaEngine for CopyEngine {
     fn write(&mut self, from: CardAddress, to: Iova, length: u32) -> Result<(), Unmapped> {
         self.counters.writes += 1;
         self.counters.write_bytes += u64::from(length);
-        match self.resolve(to, u64::from(length)) {
+        match self.resolve(to, u64::from(length), Direction::ToHost) {
             Some((host, run)) if run == u64::from(length) && self.noted.is_empty() => {
                 let card = self.card.pointer(from, length as usize);
                 // SAFETY: `resolve` found `length` mapped bytes, and the card's range was checked just now; the two kinds of
@@ -219,7 +233,7 @@ impl DmaEngine for CopyEngine {
     fn read_index(&mut self, from: Iova, to: CardAddress) -> Result<(), Unmapped> {
         self.make_noted();
         // Acquire: what the driver wrote before it stored the index is seen by every copy after this one.
-        let value = self.word(from)?.load(Ordering::Acquire);
+        let value = self.word(from, Direction::FromHost)?.load(Ordering::Acquire);
         self.card.put(to, value);
         self.counters.reads += 1;
         self.counters.read_bytes += 2;
@@ -231,7 +245,7 @@ impl DmaEngine for CopyEngine {
         self.make_noted();
         let value = self.card.get::<u16>(from);
         // Release: whoever sees the index sees everything copied before it.
-        self.word(to)?.store(value, Ordering::Release);
+        self.word(to, Direction::ToHost)?.store(value, Ordering::Release);
         self.counters.writes += 1;
         self.counters.write_bytes += 2;
         Ok(())
@@ -248,7 +262,7 @@ impl DmaEngine for CopyEngine {
         let mut done = 0;
         while done < count {
             let at = Iova(from.0.wrapping_add(u64::from(done) * 16));
-            let Some((host, run)) = self.resolve(at, u64::from(count - done) * 16) else {
+            let Some((host, run)) = self.resolve(at, u64::from(count - done) * 16, Direction::FromHost) else {
                 return Err(Unmapped { address: from, length: u64::from(count) * 16 });
             };
             // A ring is aligned to 16 and memory comes in pages; a region that ends within a descriptor is no memory for one.
@@ -258,8 +272,8 @@ impl DmaEngine for CopyEngine {
             }
             let card = self.card.pointer(to.add(done * 16), here as usize * 16);
             for entry in 0..here as usize {
-                // SAFETY: `here` whole descriptors at `host` are mapped, aligned to 16, and stay mapped while `self.memory` holds
-                // them; as many were checked to be inside the card memory. Flags are accessed as atomics only.
+                // SAFETY: `here` whole descriptors at `host` are mapped, aligned to 16, and stay mapped until this engine has let
+                // them go; as many were checked to be inside the card memory. Flags are accessed as atomics only.
                 unsafe {
                     let host = host.add(entry * 16);
                     // Acquire before the body is copied: flags that say available vouch for the fields that were stored before.
@@ -278,7 +292,7 @@ impl DmaEngine for CopyEngine {
 
     #[inline]
     fn expect_write(&mut self, to: Iova) {
-        if let Some((host, _)) = self.resolve(to, 1) {
+        if let Some((host, _)) = self.resolve(to, 1, Direction::ToHost) {
             prefetch_write(host);
         }
     }
@@ -315,17 +329,17 @@ impl DmaEngine for CopyEngine {
         &mut self,
         from: Iova,
         length: u32,
-        _direction: Direction,
+        direction: Direction,
         out: &mut Vec<libc::iovec>,
     ) -> Result<(), Unmapped> {
         self.counters.lent += 1;
         self.counters.lent_bytes += u64::from(length);
-        match self.resolve(from, u64::from(length)) {
+        match self.resolve(from, u64::from(length), direction) {
             Some((host, run)) if run == u64::from(length) => {
                 out.push(libc::iovec { iov_base: host.cast(), iov_len: length as usize });
                 Ok(())
             }
-            _ => self.runs(from, u64::from(length), |_, host, _, run| {
+            _ => self.runs(from, u64::from(length), direction, |_, host, _, run| {
                 out.push(libc::iovec { iov_base: host.cast(), iov_len: run });
             }),
         }

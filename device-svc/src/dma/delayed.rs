@@ -6,7 +6,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::{CardMemory, CopyEngine, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Ticket, Unmapped};
+use super::{
+    CardMemory, CopyEngine, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Removed, Ticket, Unmapped,
+};
 use crate::address::{CardAddress, Iova};
 
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +32,17 @@ pub struct DelayedEngine {
     /// One in so many copies fails; 0: none does.
     fails_one_in: u64,
     failed: bool,
+}
+
+impl Copy {
+    /// Where in host memory.
+    const fn range(&self) -> (Iova, u64) {
+        match *self {
+            Self::Read(at, _, length) | Self::Write(_, at, length) => (at, length as u64),
+            Self::ReadIndex(at, _) | Self::WriteIndex(_, at) => (at, 2),
+            Self::ReadPacked(at, _, count) => (at, count as u64 * 16),
+        }
+    }
 }
 
 impl DelayedEngine {
@@ -87,6 +100,14 @@ impl DmaEngine for DelayedEngine {
     fn set_memory(&mut self, memory: Arc<HostMemory>) {
         assert!(self.queued.is_empty(), "host memory was changed while copies were on their way");
         self.inner.set_memory(memory);
+    }
+
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        let touches = |copy: &Copy| {
+            let (at, length) = copy.range();
+            removed.touches(at, length)
+        };
+        !self.queued.iter().any(touches) && self.inner.let_go(removed)
     }
 
     fn memory(&self) -> &Arc<HostMemory> {

@@ -8,7 +8,7 @@
 //! A signal handler may take no lock, so the mappings stand in a fixed table of atomics.
 #![expect(unsafe_code, reason = "a signal handler that replaces a mapping")]
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// How many mappings there can be at once, over all functions.
 pub(super) const SLOTS: usize = 4096;
@@ -25,6 +25,15 @@ struct Entry {
 
 static ENTRIES: [Entry; SLOTS] =
     [const { Entry { start: AtomicUsize::new(0), length: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; SLOTS];
+
+/// Mappings that were ever lost.
+static LOSSES: AtomicU64 = AtomicU64::new(0);
+
+/// How many mappings were ever lost: as long as it stays the same, no `lost` flag has turned true.
+#[inline]
+pub(super) fn losses() -> u64 {
+    LOSSES.load(Ordering::Acquire)
+}
 
 /// Enters a mapping. `None` when the table is full.
 pub(super) fn register(start: usize, length: usize) -> Option<(Slot, &'static AtomicBool)> {
@@ -72,6 +81,8 @@ extern "C" fn on_bus_fault(_signal: i32, info: *mut libc::siginfo_t, _context: *
         let length = entry.length.load(Ordering::Relaxed);
         if start > 1 && address.wrapping_sub(start) < length {
             entry.lost.store(true, Ordering::Relaxed);
+            // Release: whoever sees the new count sees the flag.
+            LOSSES.fetch_add(1, Ordering::Release);
             // SAFETY: replaces exactly the mapping that the entry names, which its owner keeps mapped while it stands in
             // the table; readers of it copy bytes and hold no reference.
             let zeroes = unsafe {

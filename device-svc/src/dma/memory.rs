@@ -1,180 +1,67 @@
 //! The table of a function's host memory: IOVA → bytes.
 //!
-//! A table never changes; the link makes a new one and hands it to every lane, and what went away is unmapped when the
-//! last lane has let go of the old table. So a lookup takes no lock.
-#![expect(unsafe_code, reason = "maps memory that a VM shares with us")]
+//! One table lives as long as its VMM is there. The link adds ranges and takes them away while lanes look addresses up, without a
+//! lock: behind a guest's IOMMU every page is a range of its own, and there are tens of thousands that come and go. What is added
+//! is there at once. What is taken away leaves the table at once, but a lane may have looked it up before: so its memory stays
+//! mapped, and its places in the table stay unused, until the [`Removed`] that stands for it is dropped, when every lane has let
+//! go of it.
 
-use std::fmt;
-use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::guard;
+use zerocopy::{FromZeros, KnownLayout};
+
+use super::arena::Arena;
+use super::page_table::{PageTable, PageTableWriter};
+use super::{Access, Direction, Mapping, MemoryError, guard};
 use crate::address::Iova;
 
-/// Why host memory was refused: always the front end's fault.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// The range is empty, wraps, or is not aligned to pages.
-    #[error("memory region of {length:#x} bytes at {start} is empty, wraps or is not page-aligned")]
-    BadRange {
-        /// Where it starts.
-        start: Iova,
-        /// Its length, bytes.
-        length: u64,
-    },
-    /// Two regions overlap.
-    #[error("memory region at {0} overlaps another")]
-    Overlap(Iova),
-    /// The descriptor is not a file that can be mapped, or is shorter than the region says.
-    #[error("the memory file cannot be mapped: {0}")]
-    BadFile(String),
-    /// More regions than a table may have.
-    #[error("more than {0} memory regions")]
-    TooMany(usize),
-    /// No such region to remove.
-    #[error("no memory region of {length:#x} bytes at {start}")]
-    Absent {
-        /// Where it should start.
-        start: Iova,
-        /// Its length, bytes.
-        length: u64,
-    },
-}
+/// Ranges that a table holds at most.
+pub const RANGES_MAX: usize = 65535;
+/// What the first addresses of ranges are multiples of; their lengths need not be.
+pub const PAGE_BYTES: u64 = 4096;
 
-/// A shared mapping of a part of a file descriptor that a VMM gave us. Unmapped when dropped.
-///
-/// The file can be truncated under us; then [`is_lost`](Self::is_lost) turns true and the range reads as zeroes instead
-/// of ending the process (see `guard.rs`).
-pub struct Mapping {
-    start: NonNull<u8>,
-    length: usize,
-    lost: &'static AtomicBool,
-    slot: guard::Slot,
-}
-
-// SAFETY: the mapping is shared memory; everybody who touches it does so through raw copies and atomics.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl fmt::Debug for Mapping {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mapping({:p}, {:#x} bytes)", self.start, self.length)
-    }
-}
-
-impl Mapping {
-    /// Maps `length` bytes of `file` from `offset` (both multiples of the page size), shared, readable and writable.
-    ///
-    /// # Errors
-    /// When the file is not mappable, or is shorter than that.
-    pub fn new(file: &impl AsRawFd, offset: u64, length: u64) -> Result<Self, MemoryError> {
-        let fd = file.as_raw_fd();
-        let bad = |what: String| MemoryError::BadFile(what);
-        // SAFETY: `stat` is plain data that the kernel fills in.
-        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-        // SAFETY: `stat` is a valid place for the result, `fd` is open for as long as `file` is borrowed.
-        if unsafe { libc::fstat(fd, &raw mut stat) } != 0 {
-            return Err(bad(std::io::Error::last_os_error().to_string()));
-        }
-        let end = offset.checked_add(length).ok_or_else(|| bad("offset and length wrap".to_owned()))?;
-        // Only regular files (memfd, tmpfs, hugetlbfs) tell their size; a device (DAX) is taken at its word.
-        match stat.st_mode & libc::S_IFMT {
-            libc::S_IFREG if end > stat.st_size as u64 => {
-                return Err(bad(format!("it has {} bytes, the region needs {end}", stat.st_size)));
-            }
-            libc::S_IFREG | libc::S_IFCHR => {}
-            _ => return Err(bad("it is not a memory file".to_owned())),
-        }
-        let length_bytes = usize::try_from(length).map_err(|_| bad("too long".to_owned()))?;
-        let file_offset = libc::off_t::try_from(offset).map_err(|_| bad("offset too large".to_owned()))?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches no existing memory.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd,
-                file_offset,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(bad(std::io::Error::last_os_error().to_string()));
-        }
-        let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| bad("mapped at address 0".to_owned()))?;
-        let Some((slot, lost)) = guard::register(start.as_ptr() as usize, length_bytes) else {
-            // SAFETY: the mapping was just made and nobody knows it.
-            unsafe { libc::munmap(start.as_ptr().cast(), length_bytes) };
-            return Err(MemoryError::TooMany(guard::SLOTS));
-        };
-        // A guest's memory has no business in our core dumps, and they would be huge.
-        // SAFETY: advice about a mapping of ours.
-        unsafe { libc::madvise(start.as_ptr().cast(), length_bytes, libc::MADV_DONTDUMP) };
-        Ok(Self { start, length: length_bytes, lost, slot })
-    }
-
-    /// Where the mapping is in our address space.
-    #[inline]
-    #[must_use]
-    pub const fn as_ptr(&self) -> *mut u8 {
-        self.start.as_ptr()
-    }
-
-    /// Its length, bytes.
-    #[inline]
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Never: an empty mapping cannot be made.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        false
-    }
-
-    /// Whether the file was cut short under us, so that its content is gone.
-    #[inline]
-    #[must_use]
-    pub fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        guard::release(self.slot);
-        // SAFETY: the mapping was made by `new`; regions hold an `Arc` of it, so nobody uses it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
-    }
-}
-
-/// One run of host memory.
+/// One range of host memory.
 #[derive(Clone, Debug)]
 pub struct Region {
     start: Iova,
     length: u64,
-    mapping: Arc<Mapping>,
-    offset: usize,
+    access: Access,
+    /// Where its bytes are; `None` if only the VMM can reach them.
+    place: Option<(Arc<Mapping>, usize)>,
 }
 
 impl Region {
-    /// `length` bytes of host memory at `start` are the bytes of `mapping` from `offset`.
+    /// `length` bytes of host memory at `start` are the bytes of `mapping` from `offset`; they may be read and written.
     ///
     /// # Errors
-    /// When the range is empty or wraps, or the mapping does not hold it.
+    /// When the range is empty, wraps or does not start with a page, or the mapping does not hold it.
     pub fn new(start: Iova, length: u64, mapping: Arc<Mapping>, offset: usize) -> Result<Self, MemoryError> {
-        let bad = MemoryError::BadRange { start, length };
-        if length == 0 || start.checked_add(length).is_none() {
-            return Err(bad);
+        let inside = (offset as u64).checked_add(length).is_some_and(|end| end <= mapping.len() as u64);
+        let region = Self::distant(start, length)?;
+        if !inside {
+            return Err(MemoryError::BadRange { start, length });
         }
-        match (offset as u64).checked_add(length) {
-            Some(end) if end <= mapping.len() as u64 => Ok(Self { start, length, mapping, offset }),
-            _ => Err(bad),
+        Ok(Self { place: Some((mapping, offset)), ..region })
+    }
+
+    /// A range that belongs to the function, but whose bytes only the VMM can reach.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn distant(start: Iova, length: u64) -> Result<Self, MemoryError> {
+        if length == 0 || !start.is_aligned(PAGE_BYTES) || start.checked_add(length).is_none() {
+            return Err(MemoryError::BadRange { start, length });
         }
+        Ok(Self { start, length, access: Access::Both, place: None })
+    }
+
+    /// The same range for this kind of access only.
+    #[must_use]
+    pub fn with_access(self, access: Access) -> Self {
+        Self { access, ..self }
     }
 
     /// Where the region starts.
@@ -189,17 +76,71 @@ impl Region {
         self.length
     }
 
-    /// The mapping behind it.
+    /// The mapping behind it, if there is one.
     #[must_use]
-    pub const fn mapping(&self) -> &Arc<Mapping> {
-        &self.mapping
+    pub fn mapping(&self) -> Option<&Arc<Mapping>> {
+        self.place.as_ref().map(|(mapping, _)| mapping)
+    }
+
+    fn end(&self) -> u64 {
+        // `distant` has checked that it does not wrap.
+        self.start.0 + self.length
+    }
+
+    fn pages(&self) -> RangeInclusive<u64> {
+        self.start.0 / PAGE_BYTES..=(self.end() - 1) / PAGE_BYTES
     }
 }
 
-/// The table: regions sorted by address, none overlapping.
-#[derive(Clone, Debug, Default)]
+/// A range as lanes look it up.
+#[derive(Debug, FromZeros, KnownLayout)]
+#[repr(C)]
+struct Record {
+    start: AtomicU64,
+    length: AtomicU64,
+    /// Where its first byte is in our address space; 0 if only the VMM can reach it.
+    base: AtomicUsize,
+    /// Bit 0: the card may read it; bit 1: it may write it.
+    access: AtomicUsize,
+}
+
+/// A range that was found.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Where it starts.
+    pub start: Iova,
+    /// Its length, bytes.
+    pub length: u64,
+    /// Where its first byte is in our address space; null if only the VMM can reach it.
+    pub base: *mut u8,
+    /// What the card may do with it.
+    pub access: Access,
+}
+
+#[derive(Debug)]
+struct Entry {
+    region: Region,
+    record: u32,
+}
+
+#[derive(Debug, Default)]
+struct Writer {
+    /// By their first addresses.
+    entries: BTreeMap<u64, Entry>,
+    pages: PageTableWriter,
+    records: u32,
+    free_records: Vec<u32>,
+}
+
+/// The table.
+#[derive(Debug, Default)]
 pub struct HostMemory {
-    regions: Vec<Region>,
+    pages: PageTable,
+    records: Arena<Record>,
+    writer: Mutex<Writer>,
+    lost: AtomicBool,
+    /// How many files had been cut short, in the whole process, when it was last found out whether one of ours was.
+    losses_seen: AtomicU64,
 }
 
 impl HostMemory {
@@ -207,106 +148,211 @@ impl HostMemory {
     ///
     /// # Errors
     /// When two overlap.
-    pub fn new(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
-        regions.sort_by_key(|region| region.start);
-        for pair in regions.windows(2) {
-            if pair[0].start.0 + pair[0].length > pair[1].start.0 {
-                return Err(MemoryError::Overlap(pair[1].start));
-            }
+    pub fn new(regions: impl IntoIterator<Item = Region>) -> Result<Self, MemoryError> {
+        let table = Self::default();
+        for region in regions {
+            table.insert(region)?;
         }
-        Ok(Self { regions })
+        Ok(table)
     }
 
-    /// This table and one region more.
+    /// Adds a region. Whoever looks it up from now on finds it.
     ///
     /// # Errors
-    /// When it overlaps another.
-    pub fn with(&self, region: Region) -> Result<Self, MemoryError> {
-        let mut regions = self.regions.clone();
-        regions.push(region);
-        Self::new(regions)
+    /// When it overlaps another, or there are too many.
+    pub fn insert(&self, region: Region) -> Result<(), MemoryError> {
+        let mut writer = self.writer();
+        let writer = &mut *writer;
+        let before = writer.entries.range(..region.end()).next_back();
+        if before.is_some_and(|(_, entry)| entry.region.end() > region.start.0) {
+            return Err(MemoryError::Overlap(region.start));
+        }
+        let full = MemoryError::TooMany(RANGES_MAX);
+        if writer.entries.len() >= RANGES_MAX {
+            return Err(full);
+        }
+        let number = writer.free_records.pop().unwrap_or(writer.records);
+        let Some(record) = self.records.make(number) else { return Err(full) };
+        writer.records = writer.records.max(number + 1);
+        record.start.store(region.start.0, Ordering::Relaxed);
+        record.length.store(region.length, Ordering::Relaxed);
+        let base = region.place.as_ref().map_or(0, |(mapping, offset)| mapping.as_ptr().expose_provenance() + offset);
+        record.base.store(base, Ordering::Relaxed);
+        record.access.store(region.access as usize, Ordering::Relaxed);
+        // What readers follow to the record is stored after it.
+        if writer.pages.insert(&self.pages, region.pages(), number).is_err() {
+            writer.free_records.push(number);
+            return Err(full);
+        }
+        if region.mapping().is_some_and(|mapping| mapping.is_lost()) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        writer.entries.insert(region.start.0, Entry { region, record: number });
+        Ok(())
     }
 
-    /// This table less the region of exactly this range.
+    /// Takes away every region inside this range; there may be none. Whoever looks one up from now on finds nothing.
     ///
     /// # Errors
-    /// When there is none.
-    pub fn without(&self, start: Iova, length: u64) -> Result<Self, MemoryError> {
-        let at = self
-            .regions
-            .iter()
-            .position(|region| region.start == start && region.length == length)
-            .ok_or(MemoryError::Absent { start, length })?;
-        let mut regions = self.regions.clone();
-        regions.remove(at);
-        Ok(Self { regions })
+    /// When the range is empty or wraps, or would cut a region.
+    pub fn remove(self: &Arc<Self>, start: Iova, length: u64) -> Result<Removed, MemoryError> {
+        let bad = MemoryError::BadRange { start, length };
+        let end = start.checked_add(length).filter(|_| length > 0).ok_or(bad)?.0;
+        let mut writer = self.writer();
+        let writer = &mut *writer;
+        let before = writer.entries.range(..start.0).next_back();
+        let last = writer.entries.range(start.0..end).next_back();
+        if before.is_some_and(|(_, entry)| entry.region.end() > start.0)
+            || last.is_some_and(|(_, entry)| entry.region.end() > end)
+        {
+            return Err(MemoryError::Cut { start, length });
+        }
+        if self.lost.load(Ordering::Relaxed) {
+            // Perhaps it is the lost one that goes: then the rest can be used again.
+            self.lost.store(false, Ordering::Relaxed);
+            self.losses_seen.store(u64::MAX, Ordering::Relaxed);
+        }
+        let mut removed = Removed { memory: Arc::clone(self), start, length, entries: Vec::new(), nodes: Vec::new() };
+        while let Some((&at, _)) = writer.entries.range(start.0..end).next()
+            && let Some(entry) = writer.entries.remove(&at)
+        {
+            writer.pages.remove(&self.pages, entry.region.pages(), &mut removed.nodes);
+            removed.entries.push(entry);
+        }
+        Ok(removed)
     }
 
     /// The regions, sorted by address.
     #[must_use]
-    pub fn regions(&self) -> &[Region] {
-        &self.regions
+    pub fn regions(&self) -> Vec<Region> {
+        self.writer().entries.values().map(|entry| entry.region.clone()).collect()
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether any memory file was cut short under us.
+    #[inline]
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        self.regions.iter().any(|region| region.mapping.is_lost())
-    }
-
-    /// Whether every byte of the range lies in a region.
-    #[must_use]
-    pub fn covers(&self, start: Iova, length: u64) -> bool {
-        let (mut at, mut left) = (start, length);
-        while left > 0 {
-            match self.resolve(at, left) {
-                Some((_, run)) => {
-                    left -= run;
-                    at = Iova(at.0.wrapping_add(run));
-                }
-                None => return false,
-            }
+        let losses = guard::losses();
+        if self.losses_seen.load(Ordering::Relaxed) != losses {
+            self.look_for_losses(losses);
         }
-        true
+        self.lost.load(Ordering::Relaxed)
     }
 
-    /// The runs of our address space that a range is made of, up to the first hole.
-    pub fn runs(&self, address: Iova, length: u32) -> impl Iterator<Item = (*mut u8, u64)> + '_ {
-        let (mut at, mut left) = (address, u64::from(length));
-        std::iter::from_fn(move || {
-            if left == 0 {
-                return None;
-            }
-            let (pointer, run) = self.resolve(at, left)?;
-            left -= run;
-            at = Iova(at.0.wrapping_add(run));
-            Some((pointer, run))
-        })
+    /// Once for every file that was cut short, whoever's it was.
+    #[cold]
+    fn look_for_losses(&self, losses: u64) {
+        let writer = self.writer();
+        if writer.entries.values().any(|entry| entry.region.mapping().is_some_and(|mapping| mapping.is_lost())) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        self.losses_seen.store(losses, Ordering::Relaxed);
+    }
+
+    /// The region that `address` lies in.
+    #[inline]
+    #[must_use]
+    pub fn find(&self, address: Iova) -> Option<Found> {
+        let record = self.records.get(self.pages.find(address.0 / PAGE_BYTES)?)?;
+        let found = Found {
+            start: Iova(record.start.load(Ordering::Relaxed)),
+            length: record.length.load(Ordering::Relaxed),
+            // `Region::new` has checked that the whole range lies in the mapping.
+            base: std::ptr::with_exposed_provenance_mut(record.base.load(Ordering::Relaxed)),
+            access: Access::from_bits(record.access.load(Ordering::Relaxed)),
+        };
+        // The last page of a range need not be whole.
+        (address.0.wrapping_sub(found.start.0) < found.length).then_some(found)
     }
 
     /// Where the bytes at `address` are in our address space, and how many of `length` follow there in one run (regions
     /// that touch in IOVA space need not touch in ours).
     #[inline]
     #[must_use]
-    pub fn resolve(&self, address: Iova, length: u64) -> Option<(*mut u8, u64)> {
-        let (start, bytes, base) = self.region_at(address)?;
-        let inside = address.0 - start.0;
-        Some((base.wrapping_add(inside as usize), (bytes - inside).min(length)))
+    pub fn resolve(&self, address: Iova, length: u64, direction: Direction) -> Option<(*mut u8, u64)> {
+        let found = self.find(address)?;
+        if found.base.is_null() || !found.access.allows(direction) {
+            return None;
+        }
+        let inside = address.0 - found.start.0;
+        Some((found.base.wrapping_add(inside as usize), (found.length - inside).min(length)))
     }
 
-    /// The region that `address` lies in: its start, its length, and where it is in our address space.
-    #[inline]
+    /// Whether every byte of the range lies in a region that suits.
+    fn spans(&self, start: Iova, length: u64, suits: impl Fn(&Found) -> bool) -> bool {
+        let (mut at, mut left) = (start, length);
+        while left > 0 {
+            let Some(found) = self.find(at).filter(&suits) else { return false };
+            let run = (found.length - (at.0 - found.start.0)).min(left);
+            left -= run;
+            at = Iova(at.0.wrapping_add(run));
+        }
+        true
+    }
+
+    /// Whether every byte of the range lies in a region that is mapped into our address space.
     #[must_use]
-    pub fn region_at(&self, address: Iova) -> Option<(Iova, u64, *mut u8)> {
-        // A VM has one to three regions over vhost-user; a linear look at that many beats a search.
-        let region = if self.regions.len() <= 4 {
-            self.regions.iter().find(|region| address.0.wrapping_sub(region.start.0) < region.length)?
-        } else {
-            let after = self.regions.partition_point(|region| region.start <= address);
-            let region = &self.regions[after.checked_sub(1)?];
-            (address.0 - region.start.0 < region.length).then_some(region)?
-        };
-        // `Region::new` checked that `offset + length` lies in the mapping.
-        Some((region.start, region.length, region.mapping.as_ptr().wrapping_add(region.offset)))
+    pub fn covers(&self, start: Iova, length: u64) -> bool {
+        self.spans(start, length, |found| !found.base.is_null())
+    }
+
+    /// Whether every byte of the range lies in a region, mapped or not.
+    #[must_use]
+    pub fn knows(&self, start: Iova, length: u64) -> bool {
+        self.spans(start, length, |_| true)
+    }
+
+    /// The runs of our address space that a range is made of, up to the first hole.
+    pub fn runs(&self, address: Iova, length: u32, direction: Direction) -> impl Iterator<Item = (*mut u8, u64)> + '_ {
+        let (mut at, mut left) = (address, u64::from(length));
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let (pointer, run) = self.resolve(at, left, direction)?;
+            left -= run;
+            at = Iova(at.0.wrapping_add(run));
+            Some((pointer, run))
+        })
     }
 }
+
+/// Regions that have left a table. Nobody finds them any more, but who has found them before may go on using them until this is
+/// dropped.
+#[derive(Debug)]
+pub struct Removed {
+    memory: Arc<HostMemory>,
+    start: Iova,
+    length: u64,
+    entries: Vec<Entry>,
+    nodes: Vec<u32>,
+}
+
+impl Removed {
+    /// Whether the range from `start` shares a byte with what was removed.
+    #[must_use]
+    pub const fn touches(&self, start: Iova, length: u64) -> bool {
+        start.0 < self.start.0.saturating_add(self.length) && self.start.0 < start.0.saturating_add(length)
+    }
+
+    /// Whether there was nothing in the range.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let mut writer = self.memory.writer();
+        writer.free_records.extend(self.entries.iter().map(|entry| entry.record));
+        writer.pages.give_back(std::mem::take(&mut self.nodes));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,27 +4,33 @@
 //! ```text
 //!   HostMemory (control half)            DmaEngine (hot half, one per lane)
 //!   IOVA → bytes, changed by the link    read, write, lend; submit; landed
-//!                     └───── Arc, swapped between turns ─────┘
+//!                     └── Arc; looked up without a lock ──┘
 //! ```
 //!
 //! An engine is asynchronous: a copy is queued, submitted, and lands later; copies land in the order in which they were
 //! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), they have landed when `submit` returns.
 
+mod arena;
 mod cache;
 mod card;
 mod copy_engine;
 #[cfg(test)]
 mod delayed;
+mod files;
 mod guard;
+mod mapping;
 mod memory;
+mod page_table;
 
 pub use cache::{full_barrier, prefetch_read, prefetch_write};
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
 #[cfg(test)]
 pub use delayed::DelayedEngine;
+pub use files::MemoryFiles;
 pub use guard::install as install_bus_fault_guard;
-pub use memory::{HostMemory, Mapping, MemoryError, Region};
+pub use mapping::Mapping;
+pub use memory::{Found, HostMemory, PAGE_BYTES, RANGES_MAX, Region, Removed};
 
 use std::sync::Arc;
 
@@ -39,7 +45,83 @@ pub enum Direction {
     ToHost,
 }
 
-/// A range of host memory that no region covers: the guest's fault.
+/// What the card may do with a range of host memory. The discriminants are two bits: may read, may write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Nothing.
+    None = 0,
+    /// Only read it.
+    Read = 1,
+    /// Only write it.
+    Write = 2,
+    /// Read and write it.
+    Both = 3,
+}
+
+impl Access {
+    /// From the two bits; others are ignored.
+    #[inline]
+    #[must_use]
+    pub const fn from_bits(bits: usize) -> Self {
+        match bits & 3 {
+            0 => Self::None,
+            1 => Self::Read,
+            2 => Self::Write,
+            _ => Self::Both,
+        }
+    }
+
+    /// Whether payload may go that way.
+    #[inline]
+    #[must_use]
+    pub const fn allows(self, direction: Direction) -> bool {
+        let needed = match direction {
+            Direction::FromHost => Self::Read,
+            Direction::ToHost => Self::Write,
+        };
+        self as usize & needed as usize != 0
+    }
+}
+
+/// Why host memory was refused: always the front end's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The range is empty, wraps, or does not start with a page.
+    #[error("memory region of {length:#x} bytes at {start} is empty, wraps or does not start with a page")]
+    BadRange {
+        /// Where it starts.
+        start: Iova,
+        /// Its length, bytes.
+        length: u64,
+    },
+    /// Two regions overlap.
+    #[error("memory region at {0} overlaps another")]
+    Overlap(Iova),
+    /// The descriptor is not a file that can be mapped, or is shorter than the region says.
+    #[error("the memory file cannot be mapped: {0}")]
+    BadFile(String),
+    /// More regions than a table may have.
+    #[error("more than {0} memory regions, or too scattered ones")]
+    TooMany(usize),
+    /// No such region to remove.
+    #[error("no memory region of {length:#x} bytes at {start}")]
+    Absent {
+        /// Where it should start.
+        start: Iova,
+        /// Its length, bytes.
+        length: u64,
+    },
+    /// What was added as one would be removed in part.
+    #[error("{length:#x} bytes at {start} are a part of a memory region")]
+    Cut {
+        /// Where it starts.
+        start: Iova,
+        /// Its length, bytes.
+        length: u64,
+    },
+}
+
+/// A range of host memory that no region covers, or none that allows the access: the guest's fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{length} bytes at {address} are outside the VM's memory")]
 pub struct Unmapped {
@@ -96,6 +178,10 @@ pub trait DmaEngine: Send {
 
     /// Uses `memory` from now on. The caller has made sure that nothing is in flight or lent in what goes away.
     fn set_memory(&mut self, memory: Arc<HostMemory>);
+
+    /// Forgets where the removed range was. Returns false, for the caller to ask again, while a copy that was queued earlier
+    /// touches it; what is lent of it is the caller's affair.
+    fn let_go(&mut self, removed: &Removed) -> bool;
 
     /// The table of host memory in use.
     fn memory(&self) -> &Arc<HostMemory>;

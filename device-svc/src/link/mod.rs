@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::address::Iova;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 
 /// The hot half of a link: one queue's doorbell and interrupt.
 pub trait QueuePort: Send {
@@ -123,6 +123,9 @@ pub trait FunctionSide: Send + Sync {
     /// The host's memory is `memory` from now on. Returns when no queue touches anything that is not in it any more, so
     /// that the caller may unmap. A queue whose rings are gone stops as if by a guest's fault.
     fn set_memory(&self, memory: Arc<HostMemory>);
+
+    /// Memory has left the table in use. Returns when no queue touches it any more, and waits only for what is in flight in it.
+    fn release_memory(&self, removed: Removed);
 
     /// Starts a queue, or starts it anew with other parameters if it runs.
     ///

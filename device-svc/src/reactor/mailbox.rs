@@ -10,7 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::sleep::Asleep;
 use crate::backend::BlockChannel;
 use crate::device::Lane;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
 /// Messages that may wait; each is handled within a turn, and a poster waits if there are more.
@@ -91,6 +91,15 @@ pub enum Message {
         /// The new table.
         memory: Arc<HostMemory>,
         /// Told when all its lanes here use it.
+        reply: Sender<()>,
+    },
+    /// This memory has left the function's table.
+    LetGo {
+        /// The function's number.
+        function: u32,
+        /// What has left it.
+        removed: Arc<Removed>,
+        /// Told when no lane touches it any more.
         reply: Sender<()>,
     },
     /// End the thread.

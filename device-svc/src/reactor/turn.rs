@@ -16,7 +16,7 @@ use super::mailbox::{Mailbox, Message, QueueKey, Stopped};
 use crate::backend::{BlockChannel, Completion};
 use crate::clock::Moment;
 use crate::device::Lane;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 use crate::metrics::ReactorCounters;
 use crate::mirror::FETCH_MAX;
 
@@ -50,6 +50,7 @@ enum Wait {
     Reset(u32, Sender<()>),
     Close(u32, Sender<()>),
     Memory(u32, Arc<HostMemory>, Sender<()>),
+    LetGo(u32, Arc<Removed>, Sender<()>),
 }
 
 pub(super) struct Turning {
@@ -179,6 +180,7 @@ impl Turning {
                 self.waits.push(Wait::Reset(function, reply));
             }
             Message::SetMemory { function, memory, reply } => self.waits.push(Wait::Memory(function, memory, reply)),
+            Message::LetGo { function, removed, reply } => self.waits.push(Wait::LetGo(function, removed, reply)),
             Message::Shutdown => self.shutdown = true,
         }
     }
@@ -297,6 +299,17 @@ impl Turning {
                 }
                 if !all {
                     return Some(Wait::Memory(function, memory, reply));
+                }
+                let _ = reply.send(());
+                None
+            }
+            Wait::LetGo(function, removed, reply) => {
+                let mut all = true;
+                for slot in self.function(function).into_iter().flat_map(|slot| slot.lanes.iter_mut().flatten()) {
+                    all &= slot.lane.let_go(&removed);
+                }
+                if !all {
+                    return Some(Wait::LetGo(function, removed, reply));
                 }
                 let _ = reply.send(());
                 None

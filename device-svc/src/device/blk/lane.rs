@@ -25,9 +25,9 @@ use crate::backend::{BlockChannel, BlockFault, PayloadPlace};
 use crate::clock::Moment;
 use crate::device::pages::PAGE_BYTES;
 use crate::device::{FaultReport, Lane, Pages, QueueFault};
-use crate::dma::{DmaCounters, DmaEngine, HostMemory};
+use crate::dma::{Direction, DmaCounters, DmaEngine, HostMemory, Removed};
 use crate::link::{QueuePort, QueuePosition, QueueStart};
-use crate::metrics::QueueCounters;
+use crate::metrics::{QueueCounters, RequestKind};
 use crate::mirror::{CardLayout, Mirror};
 use crate::virtqueue::{Segment, features};
 
@@ -433,17 +433,27 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         }
         if self.shared.payload == PayloadPlace::InPlace {
             let old = self.mirror.engine_ref().memory();
-            let unchanged = |segment: &Segment| {
-                let (was, is) =
-                    (old.runs(segment.address, segment.length), memory.runs(segment.address, segment.length));
-                was.eq(is)
+            let unchanged = |row: &Row| {
+                let way = if row.kind == RequestKind::Write { Direction::FromHost } else { Direction::ToHost };
+                row.data.iter().all(|Segment { address, length, .. }| {
+                    old.runs(*address, *length, way).eq(memory.runs(*address, *length, way))
+                })
             };
-            if self.rows.iter().any(|row| row.outstanding > 0 && !row.data.iter().all(unchanged)) {
+            if self.rows.iter().any(|row| row.outstanding > 0 && !unchanged(row)) {
                 return false;
             }
         }
         self.mirror.set_memory(Arc::clone(memory));
         true
+    }
+
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        let in_place = self.shared.payload == PayloadPlace::InPlace;
+        let touches =
+            |row: &Row| row.data.iter().any(|segment| removed.touches(segment.address, segment.length.into()));
+        // What is lent; copies are the engine's affair.
+        let lent = in_place && self.rows.iter().any(|row| row.outstanding > 0 && touches(row));
+        !lent && self.mirror.engine().let_go(removed)
     }
 }
 

@@ -17,7 +17,7 @@ use nix::unistd::ftruncate;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::VfioUserSettings;
-use super::dma_table::{DmaTable, MAPS_MAX, PAGE_BYTES};
+use super::dma_table::DmaTable;
 use super::framing::{DESCRIPTORS_MAX, FLAG_ERROR, FLAG_NO_REPLY, FLAG_TYPE, Framing, FramingError, Header, Message};
 use super::framing::{TYPE_COMMAND, TYPE_REPLY};
 use super::function::ShownFunction;
@@ -27,6 +27,7 @@ use super::message::{
     RegionInfo, Request, SmallWrite, TRANSFER_BYTES_MAX, VersionBody, version_text,
 };
 use crate::address::Iova;
+use crate::dma::{Access, PAGE_BYTES, RANGES_MAX};
 use crate::link::event::Event;
 use crate::link::{FunctionSide, drain};
 use crate::pci::{Space, VIRTIO_BAR, layout};
@@ -145,11 +146,14 @@ fn answer_error(framing: &Framing, request: Header, errno: Errno) -> Result<(), 
 impl Session {
     fn new(settings: &VfioUserSettings, side: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
         let notify = if settings.mapped { Some(pages()?) } else { None };
+        let function = ShownFunction::new(settings, side)?;
+        let dma = DmaTable::default();
+        side.set_memory(Arc::clone(dma.memory()));
         Ok(Self {
             name: settings.function.clone(),
-            function: ShownFunction::new(settings, side)?,
+            function,
             side: Arc::clone(side),
-            dma: DmaTable::default(),
+            dma,
             notify,
             greeted: false,
             warned: false,
@@ -271,7 +275,7 @@ impl Session {
         let ours = Capabilities {
             max_msg_fds: Some(DESCRIPTORS_SAID),
             max_data_xfer_size: Some(TRANSFER_BYTES_MAX),
-            max_dma_maps: Some(MAPS_MAX as u32),
+            max_dma_maps: Some(RANGES_MAX as u32),
             pgsizes: Some(PAGE_BYTES),
             write_multiple: capabilities.write_multiple,
             twin_socket: None,
@@ -283,14 +287,10 @@ impl Session {
         if fds.len() > 1 {
             return refusal(Errno::EINVAL, format!("{} descriptors for one range", fds.len()));
         }
-        let start = Iova(map.address);
-        match self.dma.map(start, map.size, map.offset, fds.first()) {
-            Ok(changed) => {
-                if changed {
-                    let memory = Arc::clone(self.dma.memory());
-                    self.side.set_memory(Arc::clone(&memory));
-                    self.function.come_back(|start, length| memory.covers(start, length));
-                }
+        let access = Access::from_bits(map.flags as usize);
+        match self.dma.map(Iova(map.address), map.size, access, map.offset, fds.first()) {
+            Ok(()) => {
+                self.come_back();
                 Ok(Reply::default())
             }
             Err(why) => refusal(why.errno(), why),
@@ -307,15 +307,22 @@ impl Session {
         let start = Iova(unmap.address);
         self.function.leave(start, unmap.size);
         match self.dma.unmap(start, unmap.size) {
-            Ok(changed) => {
-                if changed {
-                    // Returns when nothing touches what is gone.
-                    self.side.set_memory(Arc::clone(self.dma.memory()));
-                }
+            Ok(removed) => {
+                // Returns when nothing touches what is gone.
+                self.side.release_memory(removed);
                 Ok(Reply::of(unmap.as_bytes()))
             }
-            Err(why) => refusal(why.errno(), why),
+            Err(why) => {
+                self.come_back();
+                refusal(why.errno(), why)
+            }
         }
+    }
+
+    /// Queues whose memory is there go on.
+    fn come_back(&mut self) {
+        let memory = self.dma.memory();
+        self.function.come_back(|start, length| memory.covers(start, length));
     }
 
     fn region_info(&self, info: RegionInfo) -> Result<Reply, Refusal> {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::address::{FrontEndAddress, Iova};
-use crate::dma::{HostMemory, Mapping, MemoryError, Region};
+use crate::dma::{Access, HostMemory, MemoryError, MemoryFiles, Region};
 
 /// Slots that a front end may use: what QEMU's own back ends offer.
 pub(super) const SLOTS_MAX: usize = 509;
@@ -24,14 +24,16 @@ pub(super) struct Slot {
 /// The table.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Regions {
+    /// A table that replaces another shares its mappings: what is in flight in memory that both have need not end.
+    files: MemoryFiles,
     slots: Vec<Slot>,
     memory: Arc<HostMemory>,
 }
 
 impl Regions {
-    /// A table of exactly these regions.
-    pub(super) fn new(regions: impl Iterator<Item = (Slot, File)>) -> Result<Self, MemoryError> {
-        let mut all = Self::default();
+    /// A table of exactly these regions, instead of this one.
+    pub(super) fn replaced_by(&self, regions: impl Iterator<Item = (Slot, File)>) -> Result<Self, MemoryError> {
+        let mut all = Self { files: self.files.clone(), ..Self::default() };
         for (slot, file) in regions {
             all = all.with(slot, &file)?;
         }
@@ -47,22 +49,13 @@ impl Regions {
         if slot.front_end.0.checked_add(slot.length).is_none() {
             return Err(bad);
         }
-        // The offset need not be a multiple of the page size (of a huge page, say): the mapping starts before it.
-        let alignment = page_bytes_of(file);
-        let skip = slot.file_offset % alignment;
-        let start = slot.file_offset - skip;
-        let Some(length) = slot.length.checked_add(skip) else { return Err(bad) };
-        // Rounding up must not ask for more than the file has.
-        let has = file.metadata().map_or(u64::MAX, |metadata| metadata.len());
-        let whole = length.checked_next_multiple_of(alignment);
-        let fits = |whole: &u64| start.checked_add(*whole).is_some_and(|end| end <= has);
-        let length = whole.filter(fits).unwrap_or(length);
-        let mapping = Arc::new(Mapping::new(file, start, length)?);
-        let region = Region::new(slot.guest, slot.length, mapping, skip as usize)?;
-        let memory = Arc::new(self.memory.with(region)?);
+        let mut files = self.files.clone();
+        let (mapping, offset) = files.map(file, slot.file_offset, slot.length, Access::Both)?;
+        let region = Region::new(slot.guest, slot.length, mapping, offset)?;
+        let memory = Arc::new(HostMemory::new(self.memory.regions().into_iter().chain([region]))?);
         let mut slots = self.slots.clone();
         slots.push(slot);
-        Ok(Self { slots, memory })
+        Ok(Self { files, slots, memory })
     }
 
     /// This table less one region, which must be named as it was added (the file's part apart).
@@ -74,10 +67,11 @@ impl Regions {
                 other.guest == slot.guest && other.length == slot.length && other.front_end == slot.front_end
             })
             .ok_or(MemoryError::Absent { start: slot.guest, length: slot.length })?;
-        let memory = Arc::new(self.memory.without(slot.guest, slot.length)?);
+        let regions = self.memory.regions().into_iter().filter(|region| region.start() != slot.guest);
+        let memory = Arc::new(HostMemory::new(regions)?);
         let mut slots = self.slots.clone();
         slots.remove(at);
-        Ok(Self { slots, memory })
+        Ok(Self { files: self.files.clone(), slots, memory })
     }
 
     /// The table of the function.
@@ -91,15 +85,6 @@ impl Regions {
             let inside = address.0.checked_sub(slot.front_end.0)?;
             (inside < slot.length).then(|| Iova(slot.guest.0 + inside))
         })
-    }
-}
-
-/// The page size of a file's memory: that of huge pages where it lies in them.
-fn page_bytes_of(file: &File) -> u64 {
-    const HUGETLBFS: i64 = 0x9584_58f6;
-    match nix::sys::statfs::fstatfs(file) {
-        Ok(stat) if stat.filesystem_type().0 == HUGETLBFS => stat.block_size() as u64,
-        _ => 4096,
     }
 }
 

@@ -294,7 +294,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             length: region.memory_size,
             file_offset: region.mmap_offset,
         });
-        let table = Regions::new(slots.zip(files)).map_err(|why| self.refuse("a memory table", why))?;
+        let table = self.regions.replaced_by(slots.zip(files)).map_err(|why| self.refuse("a memory table", why))?;
         self.use_regions(table)?;
         Ok(None)
     }

@@ -8,7 +8,7 @@ use super::PATIENCE;
 use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
 use crate::clock::Moment;
 use crate::device::Lane;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
 /// What was asked of a lane or channel.
@@ -221,6 +221,10 @@ impl Lane for FakeLane {
 
     fn offer_memory(&mut self, _memory: &Arc<HostMemory>) -> bool {
         self.record.note(Note::Memory(self.queue));
+        self.in_flight == 0
+    }
+
+    fn let_go(&mut self, _removed: &Removed) -> bool {
         self.in_flight == 0
     }
 }

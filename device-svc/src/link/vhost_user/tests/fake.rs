@@ -7,7 +7,7 @@ use std::sync::{Condvar, OnceLock};
 use std::time::Duration;
 
 use super::super::*;
-use crate::dma::HostMemory;
+use crate::dma::{HostMemory, Removed};
 use crate::driver::vhost_user::FrontEnd;
 use crate::driver::{DriverQueue, GuestMemory, QueueOptions};
 use crate::link::{HostEvents, QueuePosition, QueueStart, Refusal};
@@ -131,6 +131,8 @@ impl FunctionSide for FakeFunction {
         let ranges = memory.regions().iter().map(|region| (region.start().0, region.length())).collect();
         self.note(Call::Memory(ranges), |record| record.memory = memory);
     }
+
+    fn release_memory(&self, _removed: Removed) {}
 
     fn start_queue(&self, start: QueueStart) -> Result<(), Refusal> {
         if !start.size.is_power_of_two() && start.features & features::RING_PACKED == 0 {
