@@ -1,4 +1,4 @@
-//! Block functions over vhost-user: which points are measured, beside whom, and what they should reach.
+//! Block functions: which points are measured, beside whom, and what they should reach.
 
 mod costs;
 
@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use device_svc::driver::client::Access;
+use device_svc::driver::client::{Access, Through};
+use device_svc::driver::vfio_user::Sharing;
 
 use crate::BlkArguments;
 use crate::load::{BlockLoad, REQUEST_BYTES, SPAN_BYTES, Shown, Span};
@@ -15,6 +16,35 @@ use crate::machine::{Cpus, load_average, pin, processor};
 use crate::peers::{DrayOptions, Server, dray, fio_iops, storage_daemon};
 use crate::points::{Pairs, alternate};
 use crate::report::{Beside, Goal, Report, Row, Unit};
+
+/// How Dray's functions are reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Link {
+    /// vhost-user
+    VhostUser,
+    /// vfio-user; where reactors always poll, the doorbell is a store to a page that is shared
+    VfioUser,
+}
+
+impl Link {
+    /// The keys of a link in the configuration, for reactors that poll so.
+    pub(crate) fn keys(self, poll: &str) -> &'static str {
+        match self {
+            Self::VhostUser => "type = \"vhost-user\"",
+            // Nobody hears a store but a reactor that always polls.
+            Self::VfioUser if poll == "always" => "type = \"vfio-user\", notify = \"mapped\"",
+            Self::VfioUser => "type = \"vfio-user\"",
+        }
+    }
+
+    /// How a client reaches them.
+    pub(crate) const fn through(self) -> Through {
+        match self {
+            Self::VhostUser => Through::VhostUser,
+            Self::VfioUser => Through::VfioUser(Sharing::Whole),
+        }
+    }
+}
 
 /// What can be measured by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -25,7 +55,9 @@ pub(crate) enum Part {
     File,
     /// A file on tmpfs beside fio straight on it
     Fio,
-    /// The load generator beside fio's libblkio
+    /// vfio-user beside vhost-user
+    Links,
+    /// The load generator beside fio's libblkio; over vhost-user only
     Generator,
     /// The ram backend beside memory copies
     Ram,
@@ -48,6 +80,7 @@ const LATENCY_RATIO: f64 = 0.25;
 const FILE_RATIO: f64 = 1.6;
 const FIO_RATIO: f64 = 1.0;
 const COPY_RATIO: f64 = 0.85;
+const LINK_RATIO: f64 = 0.95;
 
 /// How long and how often.
 struct Pace {
@@ -59,6 +92,7 @@ struct Pace {
 /// All that the parts need.
 struct Run {
     cpus: Cpus,
+    link: Link,
     pace: Pace,
     folder: tempfile::TempDir,
     file: PathBuf,
@@ -108,11 +142,12 @@ pub(crate) fn measure(arguments: &BlkArguments) -> Result<Report> {
     let scratch = needs_file.then(Scratch::new).transpose()?;
     let file = scratch.as_ref().map(|scratch| scratch.0.clone()).unwrap_or_default();
     let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
-    let mut run = Run { cpus, pace, folder, file, rows: Vec::new(), start: Instant::now() };
-    let parts: [(Part, Measure); 9] = [
+    let mut run = Run { cpus, link: arguments.link, pace, folder, file, rows: Vec::new(), start: Instant::now() };
+    let parts: [(Part, Measure); 10] = [
         (Part::Null, null),
         (Part::File, file_beside_daemon),
         (Part::Fio, file_beside_fio),
+        (Part::Links, links),
         (Part::Generator, generator),
         (Part::Ram, ram),
         (Part::Dma, costs::dma),
@@ -147,8 +182,17 @@ impl Run {
 
     /// Starts Dray with one function on this backend, always polling.
     fn dray(&self, name: &str, backend: String) -> Result<Server> {
-        let options = DrayOptions { poll: "always", payload: "in-place", backends: vec![backend] };
+        self.dray_over(self.link, name, backend)
+    }
+
+    fn dray_over(&self, link: Link, name: &str, backend: String) -> Result<Server> {
+        let options = DrayOptions { link, poll: "always", payload: "in-place", backends: vec![backend] };
         dray(self.cpus, self.folder.path(), name, &options)
+    }
+
+    /// Reads with direct chains from Dray's functions.
+    fn reads(&self, depth: u32) -> BlockLoad {
+        BlockLoad { through: self.link.through(), ..BlockLoad::reads(depth, self.pace.duration) }
     }
 
     /// A backend on the file.
@@ -190,8 +234,11 @@ impl Run {
             for depth in DEPTHS {
                 self.say(&format!("{kind}, random 4 KiB {word}, depth {depth}"));
                 let load = BlockLoad { access, ..BlockLoad::reads(depth, self.pace.duration) };
-                let side = |server: &Server| server.awake(|| load.run(&server.socket(0)));
-                let pairs = alternate(self.cpus, self.pace.alternations, || side(ours), || side(theirs))?;
+                let through = self.link.through();
+                let side =
+                    |server: &Server, through| server.awake(|| BlockLoad { through, ..load }.run(&server.socket(0)));
+                let (ours, theirs) = (|| side(ours, through), || side(theirs, Through::VhostUser));
+                let pairs = alternate(self.cpus, self.pace.alternations, ours, theirs)?;
                 let name = format!("{kind} {word}, depth {depth}");
                 let goal = goal_at(access, depth).map(Goal::AtLeast);
                 self.add(name, &pairs, "qemu-s-d", Unit::PerSecond, |shown: &Shown| shown.iops, goal);
@@ -225,7 +272,7 @@ fn file_beside_daemon(run: &mut Run) -> Result<()> {
 fn file_beside_fio(run: &mut Run) -> Result<()> {
     run.say("file, random 4 KiB read, depth 32, beside fio's io_uring straight on it");
     let ours = run.dray("file-fio", run.file_backend())?;
-    let load = BlockLoad::reads(32, run.pace.duration);
+    let load = run.reads(32);
     let arguments = [format!("--filename={}", run.file.display()), "--ioengine=io_uring".into(), "--direct=1".into()];
     let seconds = run.pace.fio_seconds;
     let pairs = alternate(
@@ -245,9 +292,41 @@ fn file_beside_fio(run: &mut Run) -> Result<()> {
     Ok(())
 }
 
+/// The same function over both links, and what its doorbells cost.
+fn links(run: &mut Run) -> Result<()> {
+    let backend = "{ type = \"null\", size = \"1G\" }";
+    let ours = run.dray_over(Link::VfioUser, "links-vfio", backend.to_owned())?;
+    let theirs = run.dray_over(Link::VhostUser, "links-vhost", backend.to_owned())?;
+    for depth in DEPTHS {
+        run.say(&format!("null, random 4 KiB read, depth {depth}, over vfio-user and over vhost-user"));
+        let side = |server: &Server, link: Link| {
+            let load = BlockLoad { through: link.through(), ..BlockLoad::reads(depth, run.pace.duration) };
+            server.awake(|| load.run(&server.socket(0)))
+        };
+        let (one, other) = (|| side(&ours, Link::VfioUser), || side(&theirs, Link::VhostUser));
+        let pairs = alternate(run.cpus, run.pace.alternations, one, other)?;
+        let goal = (depth == 32).then_some(Goal::AtLeast(LINK_RATIO));
+        let name = format!("null read, depth {depth}, vfio-user");
+        run.add(name, &pairs, "vhost-user", Unit::PerSecond, |shown: &Shown| shown.iops, goal);
+        if depth == 32 {
+            let row = |name: &str, values, goal| Row {
+                name: format!("{name} of a load at depth 32"),
+                values,
+                unit: Unit::Count,
+                beside: None,
+                goal,
+            };
+            let messages = pairs.ours(|shown| shown.messages);
+            run.rows.push(row("mapped doorbells", pairs.ours(|shown| shown.rings), None));
+            run.rows.push(row("messages", messages, Some(Goal::AtMost(0.0))));
+        }
+    }
+    Ok(())
+}
+
 fn generator(run: &mut Run) -> Result<()> {
     run.say("the load generator beside fio's libblkio, null, depth 128");
-    let ours = run.dray("generator", "{ type = \"null\", size = \"1G\" }".to_owned())?;
+    let ours = run.dray_over(Link::VhostUser, "generator", "{ type = \"null\", size = \"1G\" }".to_owned())?;
     let load = BlockLoad::reads(128, run.pace.duration);
     let socket = ours.socket(0);
     let arguments = libblkio(&socket);
@@ -280,9 +359,9 @@ fn ram(run: &mut Run) -> Result<()> {
     run.say("ram, random 4 KiB read over 256 MiB, depth 32, beside memory copies");
     let ours = run.dray("ram", format!("{{ type = \"ram\", size = \"{}M\" }}", SPAN_BYTES >> 20))?;
     // What was never written is no memory yet.
-    let fill = BlockLoad { access: Access::Write, ..BlockLoad::reads(32, Duration::from_secs(1)) };
+    let fill = BlockLoad { access: Access::Write, duration: Duration::from_secs(1), ..run.reads(32) };
     ours.awake(|| fill.run(&ours.socket(0)))?;
-    let load = BlockLoad::reads(32, run.pace.duration);
+    let load = run.reads(32);
     let span = Span::new()?;
     let (cpus, duration) = (run.cpus, run.pace.duration);
     let pairs = alternate(

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use device_svc::driver::client::{Access, Client, ClientSettings, Load};
+use device_svc::driver::client::{Access, Attached, Client, ClientSettings, Load, Through};
 use device_svc::driver::latency::Latencies;
 
 /// What is accessed at random, bytes.
@@ -22,11 +22,16 @@ pub(crate) struct Shown {
     pub(crate) iops: f64,
     /// Median latency, ns; at depth 1 only.
     pub(crate) median_ns: f64,
+    /// Doorbells that were rung.
+    pub(crate) rings: f64,
+    /// Messages that went over the socket.
+    pub(crate) messages: f64,
 }
 
 /// A load on one function.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BlockLoad {
+    pub(crate) through: Through,
     pub(crate) access: Access,
     pub(crate) depth: u32,
     pub(crate) indirect: bool,
@@ -36,20 +41,33 @@ pub(crate) struct BlockLoad {
 impl BlockLoad {
     /// Reads with direct chains.
     pub(crate) const fn reads(depth: u32, duration: Duration) -> Self {
-        Self { access: Access::Read, depth, indirect: false, duration }
+        Self { through: Through::VhostUser, access: Access::Read, depth, indirect: false, duration }
     }
 
     /// Runs it, after a short one that warms both sides up.
     pub(crate) fn run(&self, socket: &Path) -> Result<Shown> {
-        let mut client = connect(socket, ClientSettings { indirect: self.indirect, ..settings(self.depth) })?;
+        let (through, indirect) = (self.through, self.indirect);
+        let mut client = connect(socket, ClientSettings { through, indirect, ..settings(self.depth) })?;
         let timed = self.depth == 1;
         let mut load = Load { access: self.access, span_bytes: SPAN_BYTES, duration: self.duration / 10, timed };
         client.run(&load)?;
         load.duration = self.duration;
+        let (rings, messages) = (client.events().rings(), messages(&mut client));
         let done = client.run(&load)?;
         ensure!(done.errors == 0, "{} of {} requests failed", done.errors, done.requests);
+        let rings = client.events().rings() - rings;
+        let messages = self::messages(&mut client) - messages;
         client.leave()?;
-        Ok(Shown { iops: done.iops(), median_ns: done.latencies.at_share(0.5) as f64 })
+        let median_ns = done.latencies.at_share(0.5) as f64;
+        Ok(Shown { iops: done.iops(), median_ns, rings: rings.into(), messages: messages as f64 })
+    }
+}
+
+/// Messages that a client has sent; over vhost-user they are not counted.
+fn messages(client: &mut Client) -> u64 {
+    match client.front_end() {
+        Attached::VhostUser(_) => 0,
+        Attached::VfioUser(device) => device.messages_sent(),
     }
 }
 
@@ -66,10 +84,10 @@ pub(crate) fn connect(socket: &Path, settings: ClientSettings) -> Result<Client>
 
 /// The 99th percentile of depth 1 at `quiet`, ns, while depth 128 floods `noisy` from the same thread. The flood is tended
 /// between looks at the quiet queue, a few requests at a time, so that what is measured is the server's fairness.
-pub(crate) fn p99_beside(quiet: &Path, noisy: Option<&Path>, duration: Duration) -> Result<f64> {
+pub(crate) fn p99_beside(through: Through, quiet: &Path, noisy: Option<&Path>, duration: Duration) -> Result<f64> {
     const FLOOD: u32 = 128;
-    let mut one = connect(quiet, ClientSettings::default())?;
-    let mut flood = noisy.map(|socket| connect(socket, settings(FLOOD))).transpose()?;
+    let mut one = connect(quiet, ClientSettings { through, ..ClientSettings::default() })?;
+    let mut flood = noisy.map(|socket| connect(socket, ClientSettings { through, ..settings(FLOOD) })).transpose()?;
     let mut seed = 1u64;
     let mut sector = move || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

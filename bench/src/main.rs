@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   main     what is asked for
-//!   blk      the subject: which points, which goals
+//!   blk      a subject: which points, which goals
+//!   dma_map  another: what a table of very many ranges costs
 //!   points   alternation, repeats, medians and spread
 //!   peers    the servers, each on a CPU of its own and stopped while another is measured
 //!   load     the load on the other CPU
@@ -12,6 +13,7 @@
 
 mod blk;
 mod chart;
+mod dma_map;
 mod load;
 mod machine;
 mod peers;
@@ -34,11 +36,37 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Subject {
-    /// Block functions over vhost-user, beside qemu-storage-daemon and fio
+    /// Block functions, beside qemu-storage-daemon and fio
     ///
     /// The server has the first CPU, the load the second; nothing else should run. The peers come from the rig
     /// (tests/rig/make; another place with $DRAY_RIG), device-svc from beside this program.
     Blk(BlkArguments),
+    /// Memory that is mapped page by page, as behind a guest's IOMMU
+    ///
+    /// How long a page takes to be found among 50,000 beside among 10, and to be mapped as the 50,000th beside as one of the
+    /// first 1,000: in the table itself, and over a socket with everything that belongs to it.
+    DmaMap(DmaMapArguments),
+}
+
+/// What becomes of the results.
+#[derive(Args)]
+struct Output {
+    /// Write the results as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the ratios as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+/// How `bench dma-map` runs.
+#[derive(Args)]
+pub(crate) struct DmaMapArguments {
+    /// Fewer repeats, with more spread
+    #[arg(long)]
+    quick: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// How `bench blk` runs.
@@ -47,20 +75,18 @@ pub(crate) struct BlkArguments {
     /// Fewer and shorter points: about a minute, with more spread
     #[arg(long)]
     quick: bool,
-    /// Write the results as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Draw the ratios as SVG
-    #[arg(long, value_name = "FILE")]
-    svg: Option<PathBuf>,
+    /// How Dray's functions are reached
+    #[arg(long, value_name = "LINK", default_value = "vhost-user")]
+    link: blk::Link,
+    #[command(flatten)]
+    output: Output,
     /// Measure only these parts
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<blk::Part>,
 }
 
 fn main() -> ExitCode {
-    let Subject::Blk(arguments) = Arguments::parse().subject;
-    match run(&arguments) {
+    match run(&Arguments::parse().subject) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -69,13 +95,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &BlkArguments) -> Result<()> {
-    let report = blk::measure(arguments)?;
+fn run(subject: &Subject) -> Result<()> {
+    let (report, output) = match subject {
+        Subject::Blk(arguments) => (blk::measure(arguments)?, &arguments.output),
+        Subject::DmaMap(arguments) => (dma_map::measure(arguments)?, &arguments.output),
+    };
     print!("{}", report.table());
-    if let Some(path) = &arguments.json {
+    if let Some(path) = &output.json {
         std::fs::write(path, report.json()).with_context(|| path.display().to_string())?;
     }
-    if let Some(path) = &arguments.svg {
+    if let Some(path) = &output.svg {
         std::fs::write(path, chart::draw(&report)).with_context(|| path.display().to_string())?;
     }
     Ok(())

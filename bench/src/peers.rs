@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::blk::Link;
 use crate::load::QUEUE_SIZE_MAX;
 use crate::machine::Cpus;
 
@@ -94,6 +95,8 @@ pub(crate) fn rig(program: &str) -> Result<PathBuf> {
 
 /// What Dray is started with.
 pub(crate) struct DrayOptions<'a> {
+    /// How functions are reached.
+    pub(crate) link: Link,
     /// `reactors.poll`.
     pub(crate) poll: &'a str,
     /// `payload` of each link.
@@ -115,7 +118,8 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
         let socket = folder.join(format!("f{number}.sock"));
         text.push_str(&format!(
             "[[volume]]\nname = \"v{number}\"\nbackend = {backend}\n[[function]]\nname = \"f{number}\"\ntype = \"blk\"\n\
-             volume = \"v{number}\"\nqueue-size = {QUEUE_SIZE_MAX}\nlink = {{ type = \"vhost-user\", socket = \"{}\", payload = \"{}\" }}\n",
+             volume = \"v{number}\"\nqueue-size = {QUEUE_SIZE_MAX}\nlink = {{ {}, socket = \"{}\", payload = \"{}\" }}\n",
+            options.link.keys(options.poll),
             socket.display(),
             options.payload
         ));

@@ -19,6 +19,8 @@ pub(crate) enum Unit {
     Core,
     /// Of one request.
     PerRead,
+    /// How many.
+    Count,
 }
 
 impl Unit {
@@ -29,6 +31,7 @@ impl Unit {
             Self::Bytes => format!("{:.2} MiB", value / f64::from(1 << 20)),
             Self::Core => format!("{:.2} %", value * 100.0),
             Self::PerRead => format!("{value:.2}"),
+            Self::Count => format!("{value:.0}"),
         }
     }
 
@@ -39,6 +42,7 @@ impl Unit {
             Self::Bytes => "bytes",
             Self::Core => "core",
             Self::PerRead => "per-read",
+            Self::Count => "count",
         }
     }
 }
@@ -120,7 +124,9 @@ impl Row {
             theirs = self.unit.show(beside.values.median());
             let ratios = &beside.ratios;
             ratio = format!("{:.2} ({:.2}–{:.2})", ratios.median(), ratios.least(), ratios.most());
-            state = format!("{:.0} ns", beside.round_trips.median());
+            let round_trip = beside.round_trips.median();
+            // What one thread measures alone has none.
+            state = if round_trip.is_nan() { String::new() } else { format!("{round_trip:.0} ns") };
             if beside.spoiled > 0 {
                 let _ = write!(state, ", {} spoiled", beside.spoiled);
             }

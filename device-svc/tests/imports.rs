@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 const DRIVER: &str = "driver";
 const DRIVER_USERS: [&str; 2] = ["control::demo", "driver"];
 const DRIVER_IMPORTS: [&str; 5] = ["virtqueue", "dma", "address", "clock", "driver"];
+/// Of the links it may import what both ends of a connection are made of.
+const DRIVER_LINKS: [&str; 2] = ["crate::link::vfio_user::framing::", "crate::link::vfio_user::message::"];
 
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
@@ -135,7 +137,10 @@ fn upward(order: &[String], file: &Path, text: &str) -> Vec<String> {
         } else if rank(&name).is_none() {
             true
         } else if module[0] == DRIVER {
+            let code = code(text);
+            let mut links = code.match_indices("crate::link");
             DRIVER_IMPORTS.contains(&name.as_str())
+                || name == "link" && links.all(|(at, _)| DRIVER_LINKS.iter().any(|link| code[at..].starts_with(link)))
         } else {
             rank(&name) >= rank(&module[0])
         };
@@ -188,4 +193,5 @@ fn a_planted_upward_import_is_found() {
     assert_eq!(found("control/demo.rs", "use crate::driver::Guest;\n"), 0);
     assert_eq!(found("driver/ring.rs", "use crate::virtqueue::split;\nuse crate::driver::Memory;\n"), 0);
     assert_eq!(found("driver/ring.rs", "use crate::link::HostLink;\n"), 1);
+    assert_eq!(found("driver/ring.rs", "use crate::link::vfio_user::framing::Header;\n"), 0);
 }

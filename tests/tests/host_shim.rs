@@ -10,7 +10,6 @@ use device_svc::driver::client::{Client, ClientSettings};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tests::{Card, CardSettings, Process, program, wait_for};
-use vhost::vhost_user::VhostUserFrontend;
 
 const PARTS: &str = r#"
 [[volume]]
@@ -126,7 +125,7 @@ fn what_happens_to_functions_is_followed() {
     client.publish();
     let fault = follower.expect_after(number, "needs-reset", "f");
     assert!(fault["reason"].as_str().unwrap().contains("queue 0"), "{fault}");
-    client.front_end().messages().reset_device().unwrap();
+    client.front_end().reset().unwrap();
     follower.expect_after(number, "recovered", "f");
     drop(client);
     follower.expect_after(number, "detached", "f");

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use device_svc::driver::client::{Access, Client, Load};
+use device_svc::driver::client::{Access, Client, ClientSettings, Load};
 
 use super::Run;
 use crate::load::{BlockLoad, connect, p99_beside, settings};
@@ -30,11 +30,11 @@ fn alone(name: String, values: Values, unit: Unit, most: f64) -> Row {
 
 /// DMA transactions of each 4 KiB read where payload goes through card memory.
 pub(super) fn dma(run: &mut Run) -> Result<()> {
-    let options = DrayOptions { poll: "always", payload: "copy", backends: vec![NULL.to_owned()] };
+    let options = DrayOptions { link: run.link, poll: "always", payload: "copy", backends: vec![NULL.to_owned()] };
     let server = dray(run.cpus, run.folder.path(), "dma", &options)?;
     for (indirect, word, most) in [(false, "direct", DIRECT_TRANSACTIONS), (true, "indirect", INDIRECT_TRANSACTIONS)] {
         run.say(&format!("DMA transactions of a read, depth 32, {word} chains"));
-        let load = BlockLoad { indirect, ..BlockLoad::reads(32, run.pace.duration) };
+        let load = BlockLoad { indirect, ..run.reads(32) };
         let mut each = Vec::new();
         for _ in 0..run.pace.alternations {
             let transactions = server.awake(|| {
@@ -52,11 +52,12 @@ pub(super) fn dma(run: &mut Run) -> Result<()> {
 
 /// A card with `count` functions, each attached, each used a little.
 fn attached(run: &Run, name: &str, poll: &str, count: usize) -> Result<(Server, Vec<Client>)> {
-    let options = DrayOptions { poll, payload: "in-place", backends: vec![NULL.to_owned(); count] };
+    let options = DrayOptions { link: run.link, poll, payload: "in-place", backends: vec![NULL.to_owned(); count] };
     let server = dray(run.cpus, run.folder.path(), name, &options)?;
     server.wake();
+    let through = run.link.through();
     let clients = (0..count).map(|number| {
-        let mut client = connect(&server.socket(number), settings(64))?;
+        let mut client = connect(&server.socket(number), ClientSettings { through, ..settings(64) })?;
         let duration = Duration::from_millis(5);
         client.run(&Load { access: Access::Read, span_bytes: 1 << 20, duration, timed: false })?;
         Ok(client)
@@ -98,14 +99,16 @@ pub(super) fn idle(run: &mut Run) -> Result<()> {
 /// Depth 1 while a neighbour on the same reactor is flooded, beside depth 1 alone.
 pub(super) fn neighbour(run: &mut Run) -> Result<()> {
     run.say("p99 at depth 1 beside a neighbour that is flooded");
-    let options = DrayOptions { poll: "always", payload: "in-place", backends: vec![NULL.to_owned(); 2] };
+    let options =
+        DrayOptions { link: run.link, poll: "always", payload: "in-place", backends: vec![NULL.to_owned(); 2] };
     let server = dray(run.cpus, run.folder.path(), "neighbour", &options)?;
+    let through = run.link.through();
     let (quiet, noisy, duration) = (server.socket(0), server.socket(1), run.pace.duration);
     let pairs = alternate(
         run.cpus,
         run.pace.alternations,
-        || server.awake(|| p99_beside(&quiet, Some(&noisy), duration)),
-        || server.awake(|| p99_beside(&quiet, None, duration)),
+        || server.awake(|| p99_beside(through, &quiet, Some(&noisy), duration)),
+        || server.awake(|| p99_beside(through, &quiet, None, duration)),
     )?;
     let goal = Some(Goal::AtMost(NEIGHBOUR_RATIO));
     run.add("p99 beside a flood, depth 1".into(), &pairs, "alone", Unit::Nanoseconds, |p99| *p99, goal);

@@ -7,12 +7,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::block::{BlockQueue, Ended};
 use super::latency::Latencies;
-use super::vhost_user::{FrontEnd, FrontEndError, QueueEvents};
-use super::{GuestMemory, QueueOptions};
+use super::vfio_user::{Sharing, VfioUserDevice};
+use super::vhost_user::FrontEnd;
+use super::{DriverQueue, FrontEndError, GuestMemory, QueueEvents, QueueOptions};
 use crate::virtqueue::features;
 
 /// How often an empty ring is looked at before the client goes to sleep, where it may spin: about 50 µs.
@@ -24,9 +26,21 @@ const BATCH: u32 = 32;
 /// How long a device may stay silent.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
+/// How a client reaches the device.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Through {
+    /// vhost-user.
+    #[default]
+    VhostUser,
+    /// vfio-user; it shares its memory so.
+    VfioUser(Sharing),
+}
+
 /// How a client uses the device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ClientSettings {
+    /// How it reaches the device.
+    pub through: Through,
     /// Feature bits it accepts beside VERSION_1.
     pub features: u64,
     /// Entries of its queue.
@@ -45,6 +59,7 @@ impl Default for ClientSettings {
     /// Event index and indirect descriptors offered, chains direct; 4 KiB at depth 1.
     fn default() -> Self {
         Self {
+            through: Through::VhostUser,
             features: features::EVENT_INDEX | features::INDIRECT,
             queue_size: 256,
             indirect: false,
@@ -98,9 +113,71 @@ impl Done {
     }
 }
 
+/// A front end of either kind.
+pub enum Attached {
+    /// Over vhost-user.
+    VhostUser(Box<FrontEnd>),
+    /// Over vfio-user.
+    VfioUser(Box<VfioUserDevice>),
+}
+
+impl Attached {
+    fn connect(socket: &Path, settings: &ClientSettings, memory: Arc<GuestMemory>) -> Result<Self, FrontEndError> {
+        Ok(match settings.through {
+            Through::VhostUser => Self::VhostUser(Box::new(FrontEnd::connect(socket, settings.features, memory)?)),
+            Through::VfioUser(sharing) => {
+                Self::VfioUser(Box::new(VfioUserDevice::connect(socket, settings.features, memory, sharing)?))
+            }
+        })
+    }
+
+    const fn accepted(&self) -> u64 {
+        match self {
+            Self::VhostUser(front_end) => front_end.accepted(),
+            Self::VfioUser(device) => device.accepted(),
+        }
+    }
+
+    fn start_queue(&mut self, size: u16, queue: &DriverQueue) -> Result<QueueEvents, FrontEndError> {
+        match self {
+            Self::VhostUser(front_end) => front_end.start_queue(0, size, queue),
+            Self::VfioUser(device) => device.start_queue(0, size, queue),
+        }
+    }
+
+    fn stop(&mut self) -> Result<(), FrontEndError> {
+        match self {
+            Self::VhostUser(front_end) => front_end.stop_queue(0).map(drop),
+            Self::VfioUser(device) => device.reset(),
+        }
+    }
+
+    /// The disk's size, bytes (virtio 1.3, 5.2.4).
+    ///
+    /// # Errors
+    /// When the back end refuses.
+    pub fn capacity_bytes(&mut self) -> Result<u64, FrontEndError> {
+        match self {
+            Self::VhostUser(front_end) => front_end.capacity_bytes(),
+            Self::VfioUser(device) => device.capacity_bytes(),
+        }
+    }
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    /// When the back end refuses.
+    pub fn reset(&mut self) -> Result<(), FrontEndError> {
+        match self {
+            Self::VhostUser(front_end) => Ok(front_end.messages().reset_device()?),
+            Self::VfioUser(device) => device.reset(),
+        }
+    }
+}
+
 /// A connected client.
 pub struct Client {
-    front_end: FrontEnd,
+    front_end: Attached,
     queue: BlockQueue,
     events: QueueEvents,
     interrupts: Epoll,
@@ -121,11 +198,11 @@ impl Client {
         let bytes = (u64::from(depth) * u64::from(request_bytes)).next_multiple_of(4096) + rings;
         let memory = GuestMemory::new(0, bytes).map_err(|error| FrontEndError::Protocol(error.to_string()))?;
         let memory = Arc::new(memory);
-        let mut front_end = FrontEnd::connect(socket, settings.features, Arc::clone(&memory))?;
+        let mut front_end = Attached::connect(socket, &settings, Arc::clone(&memory))?;
         let options = QueueOptions { size: queue_size, features: front_end.accepted(), indirect };
         let mut queue = BlockQueue::new(&memory, options, depth, request_bytes);
         queue.queue().want_interrupts(false);
-        let events = front_end.start_queue(0, queue_size, queue.queue())?;
+        let events = front_end.start_queue(queue_size, queue.queue())?;
         let interrupts = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, 0);
         interrupts.ctl(ControlOperation::Add, events.interrupt_fd(), event)?;
@@ -133,13 +210,19 @@ impl Client {
     }
 
     /// The front end, for what is asked beside the queue.
-    pub const fn front_end(&mut self) -> &mut FrontEnd {
+    pub const fn front_end(&mut self) -> &mut Attached {
         &mut self.front_end
     }
 
     /// The queue, for requests of other kinds.
     pub const fn queue(&mut self) -> &mut BlockQueue {
         &mut self.queue
+    }
+
+    /// Its queue's doorbell and interrupt.
+    #[must_use]
+    pub const fn events(&self) -> &QueueEvents {
+        &self.events
     }
 
     /// The memory that it shares.
@@ -269,7 +352,6 @@ impl Client {
     /// # Errors
     /// When the back end refuses.
     pub fn leave(mut self) -> Result<(), FrontEndError> {
-        self.front_end.stop_queue(0)?;
-        Ok(())
+        self.front_end.stop()
     }
 }

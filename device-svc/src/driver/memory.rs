@@ -135,3 +135,11 @@ impl GuestMemory {
         unsafe { AtomicU16::from_ptr(pointer.cast()) }
     }
 }
+
+/// Stores a register in a page that is shared with the device; what was written to memory before is seen by whoever sees it. Panics
+/// if it is outside, or odd.
+pub(super) fn store_register(pages: &Mapping, offset: usize, value: u16) {
+    assert!(offset.is_multiple_of(2) && offset + 2 <= pages.len(), "a register outside its page");
+    // SAFETY: two mapped, aligned bytes, for as long as the mapping lives, which are accessed as atomics only.
+    unsafe { AtomicU16::from_ptr(pages.as_ptr().add(offset).cast()) }.store(value, Ordering::Release);
+}

@@ -7,20 +7,25 @@
 //!   queue.rs        one of the two, chosen by a negotiated feature
 //!   block.rs        virtio-blk requests on a queue
 //!   vhost_user.rs   the front end that hands memory and queues to a card
-//!   client.rs       a front end with one queue, kept full; latency.rs: how long its requests took
+//!   vfio_user.rs    the VMM that plugs a function in, and its guest's driver
+//!   front_end.rs    what both have in common
+//!   client.rs       one of them with one queue, kept full; latency.rs: how long its requests took
 //!   hostile.rs      a front end that means harm
 //! ```
 
 pub mod block;
 pub mod client;
+mod front_end;
 pub mod hostile;
 pub mod latency;
 mod memory;
 mod packed;
 mod queue;
 mod split;
+pub mod vfio_user;
 pub mod vhost_user;
 
+pub use front_end::{FrontEndError, QueueEvents};
 pub use memory::GuestMemory;
 pub use queue::{DriverQueue, QueueOptions};
 

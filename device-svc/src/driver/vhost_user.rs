@@ -1,6 +1,5 @@
 //! A vhost-user front end: hands a guest's memory and queues to whoever serves a socket.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,69 +9,9 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::front_end::{Doorbell, FrontEndError, QueueEvents};
 use super::{DriverQueue, GuestMemory};
 use crate::virtqueue::features;
-
-/// Why a back end could not be used.
-#[derive(Debug, thiserror::Error)]
-pub enum FrontEndError {
-    /// Nobody serves the socket.
-    #[error("{path}: {error}")]
-    Connect {
-        /// The socket.
-        path: String,
-        /// Why.
-        error: std::io::Error,
-    },
-    /// The back end refused, or broke the protocol.
-    #[error("the back end refused: {0}")]
-    Protocol(String),
-}
-
-impl From<vhost::Error> for FrontEndError {
-    fn from(error: vhost::Error) -> Self {
-        Self::Protocol(error.to_string())
-    }
-}
-
-impl From<vhost::vhost_user::Error> for FrontEndError {
-    fn from(error: vhost::vhost_user::Error) -> Self {
-        Self::Protocol(error.to_string())
-    }
-}
-
-impl From<std::io::Error> for FrontEndError {
-    fn from(error: std::io::Error) -> Self {
-        Self::Protocol(error.to_string())
-    }
-}
-
-/// Doorbell and interrupt of a queue that was handed over.
-#[derive(Debug)]
-pub struct QueueEvents {
-    kick: EventFd,
-    call: EventFd,
-}
-
-impl QueueEvents {
-    /// Rings the doorbell.
-    pub fn ring(&self) {
-        // A full counter is a doorbell that rings already.
-        let _ = self.kick.write(1);
-    }
-
-    /// Takes the interrupts off; returns whether there were any.
-    #[must_use]
-    pub fn take_interrupts(&self) -> bool {
-        self.call.read().is_ok()
-    }
-
-    /// The descriptor that becomes readable with an interrupt.
-    #[must_use]
-    pub fn interrupt_fd(&self) -> i32 {
-        self.call.as_raw_fd()
-    }
-}
 
 /// A connection to a back end.
 pub struct FrontEnd {
@@ -184,11 +123,11 @@ impl FrontEnd {
             self.frontend.set_vring_base(index, 0)?;
         }
         self.frontend.set_vring_addr(index, &places)?;
-        let events = QueueEvents { kick: EventFd::new(EFD_NONBLOCK)?, call: EventFd::new(EFD_NONBLOCK)? };
-        self.frontend.set_vring_call(index, &events.call)?;
-        self.frontend.set_vring_kick(index, &events.kick)?;
+        let (kick, call) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+        self.frontend.set_vring_call(index, &call)?;
+        self.frontend.set_vring_kick(index, &kick)?;
         self.frontend.set_vring_enable(index, true)?;
-        Ok(events)
+        Ok(QueueEvents::new(Doorbell::Event(kick), call))
     }
 
     /// Stops a queue; returns its base.

@@ -13,7 +13,8 @@ use super::raw::{self, RawFrontEnd};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{CardMemory, CopyEngine, DmaEngine};
 use crate::driver::GuestMemory;
-use crate::driver::vhost_user::{QueueEvents, region};
+use crate::driver::QueueEvents;
+use crate::driver::vhost_user::region;
 use crate::link::QueuePosition;
 use crate::virtqueue::features;
 
