@@ -12,11 +12,11 @@ use crate::backend::BackendError;
 use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
-use crate::device::{FaultReport, QueueFault};
-use crate::dma::{CopyEngine, HostMemory, Removed};
+use crate::device::{FaultReport, Lane, QueueFault};
+use crate::dma::{CopyEngine, DistantEngine, HostMemory, Removed};
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
-use crate::mirror::check_addresses;
+use crate::mirror::{Reach, check_addresses};
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
 use crate::volume::Volume;
 
@@ -352,7 +352,7 @@ impl FunctionSide for Arc<BlkFunction> {
         if start.features & !self.shared.offered_features() != 0 {
             return Err(Refusal::Invalid(format!("features {:#x} were not offered", start.features)));
         }
-        check_addresses(&start, &inner.memory).map_err(Refusal::Invalid)?;
+        let reach = check_addresses(&start, &inner.memory).map_err(Refusal::Invalid)?;
         let queue = start.index;
         self.stop_locked(&mut inner, queue);
         let key = QueueKey { function: self.number, queue };
@@ -363,12 +363,18 @@ impl FunctionSide for Arc<BlkFunction> {
         } else {
             let reporter = Reporter { function: Arc::downgrade(self), courier: self.courier.clone() };
             let counters = Arc::clone(&self.counters[usize::from(queue)]);
-            let memory = Arc::clone(&inner.memory);
-            let lane = BlkLane::new(start, Arc::clone(&self.shared), counters, Arc::new(reporter), |card| {
-                CopyEngine::new(card, memory)
-            })
-            .map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
-            self.reactor_of(queue).post(Message::Start { key, lane: Box::new(lane) });
+            let (shared, memory) = (Arc::clone(&self.shared), Arc::clone(&inner.memory));
+            let report = Arc::new(reporter);
+            let lane: std::io::Result<Box<dyn Lane>> = match memory.distant().cloned() {
+                Some(distant) if reach == Reach::Distant => {
+                    BlkLane::new(start, shared, counters, report, |card| DistantEngine::new(card, memory, distant))
+                        .map(|lane| Box::new(lane) as _)
+                }
+                _ => BlkLane::new(start, shared, counters, report, |card| CopyEngine::new(card, memory))
+                    .map(|lane| Box::new(lane) as _),
+            };
+            let lane = lane.map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
+            self.reactor_of(queue).post(Message::Start { key, lane });
         }
         inner.queues[usize::from(queue)] = QueueState::Running(shape);
         let standing = BlkFunction::standing_of(&inner);

@@ -15,7 +15,7 @@ use zerocopy::{FromZeros, KnownLayout};
 
 use super::arena::Arena;
 use super::page_table::{PageTable, PageTableWriter};
-use super::{Access, Direction, Mapping, MemoryError, guard};
+use super::{Access, Direction, DistantMemory, Mapping, MemoryError, guard};
 use crate::address::Iova;
 
 /// Ranges that a table holds at most.
@@ -138,6 +138,8 @@ pub struct HostMemory {
     pages: PageTable,
     records: Arena<Record>,
     writer: Mutex<Writer>,
+    /// Who can reach what is not mapped.
+    distant: Option<Arc<dyn DistantMemory>>,
     lost: AtomicBool,
     /// How many files had been cut short, in the whole process, when it was last found out whether one of ours was.
     losses_seen: AtomicU64,
@@ -154,6 +156,18 @@ impl HostMemory {
             table.insert(region)?;
         }
         Ok(table)
+    }
+
+    /// A table without regions; those that are not mapped are reached through `distant`.
+    #[must_use]
+    pub fn with_distant(distant: Arc<dyn DistantMemory>) -> Self {
+        Self { distant: Some(distant), ..Self::default() }
+    }
+
+    /// Who can reach what is not mapped, if somebody can.
+    #[must_use]
+    pub const fn distant(&self) -> Option<&Arc<dyn DistantMemory>> {
+        self.distant.as_ref()
     }
 
     /// Adds a region. Whoever looks it up from now on finds it.
@@ -300,10 +314,11 @@ impl HostMemory {
         self.spans(start, length, |found| !found.base.is_null())
     }
 
-    /// Whether every byte of the range lies in a region, mapped or not.
+    /// Whether every byte of the range lies in a region that allows this direction, and is mapped or can be asked for.
     #[must_use]
-    pub fn knows(&self, start: Iova, length: u64) -> bool {
-        self.spans(start, length, |_| true)
+    pub fn reaches(&self, start: Iova, length: u64, direction: Direction) -> bool {
+        let there = |found: &Found| !found.base.is_null() || self.distant.is_some();
+        self.spans(start, length, |found| there(found) && found.access.allows(direction))
     }
 
     /// The runs of our address space that a range is made of, up to the first hole.

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! An engine is asynchronous: a copy is queued, submitted, and lands later; copies land in the order in which they were
-//! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), they have landed when `submit` returns.
+//! queued. Where host memory is mapped into the card's address space ([`CopyEngine`]), they have landed when `submit` returns; where
+//! a VMM shares none it is asked for every byte ([`DistantEngine`]).
 
 mod arena;
 mod cache;
@@ -16,6 +17,7 @@ mod card;
 mod copy_engine;
 #[cfg(test)]
 mod delayed;
+mod distant;
 mod files;
 mod guard;
 mod mapping;
@@ -27,6 +29,9 @@ pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
 #[cfg(test)]
 pub use delayed::DelayedEngine;
+#[cfg(test)]
+pub use distant::tests::{Peer, half_shared, peer};
+pub use distant::{DistantEngine, DistantMemory, Question};
 pub use files::MemoryFiles;
 pub use guard::install as install_bus_fault_guard;
 pub use mapping::Mapping;
@@ -173,6 +178,9 @@ impl DmaCounters {
 /// Host addresses are untrusted and are resolved when a copy is queued; card addresses are ours, and one outside the
 /// card memory is a broken invariant (panic).
 pub trait DmaEngine: Send {
+    /// Whether host memory can be lent in place; if not, payload goes through card memory.
+    const LENDS: bool = true;
+
     /// The card memory that this engine copies to and from.
     fn card(&self) -> &CardMemory;
 
@@ -242,6 +250,9 @@ pub trait DmaEngine: Send {
 
     /// Whether no copy is on its way: host memory and card memory may change hands.
     fn is_idle(&mut self) -> bool;
+
+    /// Nobody will look at what is queued or on its way any more: it need not land, if the engine can do without.
+    fn abandon(&mut self) {}
 
     /// Lends `length` bytes of host memory for payload in place: appends the ranges to `out` (several where the range
     /// spans maps).

@@ -16,7 +16,7 @@ mod split;
 use std::sync::Arc;
 
 use crate::address::{CardAddress, Iova};
-use crate::dma::{CardMemory, DmaEngine, DmaFault, HostMemory, Unmapped};
+use crate::dma::{CardMemory, Direction, DmaEngine, DmaFault, HostMemory, Unmapped};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::{Chain, QueueAddresses, RingFault, features};
 
@@ -103,11 +103,20 @@ pub struct Mirror<E> {
     ring: Ring,
 }
 
+/// How a queue's parts are reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// All are mapped.
+    Mapped,
+    /// The VMM has to be asked for some.
+    Distant,
+}
+
 /// Checks that a queue's parts are aligned and inside the VM's memory (virtio 1.3, 2.7 and 2.8).
 ///
 /// # Errors
 /// A text for the front end that says what is wrong.
-pub fn check_addresses(start: &QueueStart, memory: &HostMemory) -> Result<(), String> {
+pub fn check_addresses(start: &QueueStart, memory: &HostMemory) -> Result<Reach, String> {
     let size = start.size;
     let packed = start.features & features::RING_PACKED != 0;
     if size == 0 || size > crate::virtqueue::QUEUE_SIZE_MAX || (!packed && !size.is_power_of_two()) {
@@ -124,18 +133,23 @@ pub fn check_addresses(start: &QueueStart, memory: &HostMemory) -> Result<(), St
         ("driver area", start.driver, driver),
         ("device area", start.device, device),
     ];
+    let mut reach = Reach::Mapped;
     for (name, at, (alignment, bytes)) in parts {
         if !at.is_aligned(alignment) {
             return Err(format!("queue {}: the {name} at {at} is not aligned to {alignment}", start.index));
         }
-        if !memory.covers(at, bytes) {
+        if memory.covers(at, bytes) {
+            continue;
+        }
+        reach = Reach::Distant;
+        if !memory.reaches(at, bytes, Direction::FromHost) {
             return Err(format!("queue {}: the {name} at {at} is outside the VM's memory", start.index));
         }
     }
     if packed && (start.position.next_avail >= size || start.position.next_used >= size) {
         return Err(format!("queue {}: it cannot go on outside its {size} slots", start.index));
     }
-    Ok(())
+    Ok(reach)
 }
 
 impl<E: DmaEngine> Mirror<E> {

@@ -227,7 +227,7 @@ fn a_ring_outside_the_memory_or_out_of_line_is_refused() {
         features: features::VERSION_1,
         port: Box::new(NoPort),
     };
-    assert_eq!(check_addresses(&start(0, 4096, 8192, 64), &memory), Ok(()));
+    assert_eq!(check_addresses(&start(0, 4096, 8192, 64), &memory), Ok(Reach::Mapped));
     for (descriptors, driver, device, size) in [
         (8, 4096, 8192, 64),
         (0, 4097, 8192, 64),

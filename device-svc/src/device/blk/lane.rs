@@ -79,6 +79,7 @@ pub struct BlkLane<E> {
     ring_gone: bool,
     features: u64,
     in_order: bool,
+    payload: PayloadPlace,
     shared: Arc<BlkShared>,
     counters: Arc<QueueCounters>,
     /// What the engine had counted when it was last added to the counters.
@@ -109,10 +110,10 @@ pub struct BlkLane<E> {
 
 /// The card memory that a lane needs beside its mirror's: rows and payload.
 #[must_use]
-pub fn lane_card_layout(queue_size: u16, shared: &BlkShared) -> (CardLayout, CardAddress, Pages) {
+pub fn lane_card_layout(queue_size: u16, payload: PayloadPlace) -> (CardLayout, CardAddress, Pages) {
     let mut layout = CardLayout::default();
     let row_memory = layout.take(u32::from(queue_size.min(ROWS_MAX)) * ROW_BYTES);
-    let pages = if shared.payload == PayloadPlace::Card { COPY_PAGES } else { RANGE_PAGES };
+    let pages = if payload == PayloadPlace::Card { COPY_PAGES } else { RANGE_PAGES };
     let pages = Pages::new(layout.take_pages(pages * PAGE_BYTES), pages);
     (layout, row_memory, pages)
 }
@@ -129,7 +130,8 @@ impl<E: DmaEngine> BlkLane<E> {
         report: Arc<dyn FaultReport>,
         engine: impl FnOnce(crate::dma::CardMemory) -> E,
     ) -> std::io::Result<Self> {
-        let (layout, row_memory, pages) = lane_card_layout(start.size, &shared);
+        let payload = if E::LENDS { shared.payload } else { PayloadPlace::Card };
+        let (layout, row_memory, pages) = lane_card_layout(start.size, payload);
         let mirror = Mirror::new(&start, layout, engine)?;
         let count = start.size.min(ROWS_MAX);
         let rows = usize::from(count);
@@ -142,6 +144,7 @@ impl<E: DmaEngine> BlkLane<E> {
             ring_gone: false,
             features: start.features,
             in_order: start.features & features::IN_ORDER != 0,
+            payload,
             shared,
             counters,
             counted: DmaCounters::default(),
@@ -381,7 +384,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         if !self.landing.is_empty() || (ring_busy && !self.ring_gone) || !self.mirror.engine().is_idle() {
             return false;
         }
-        !self.in_channel() || (self.shared.payload == PayloadPlace::Card && now >= until)
+        !self.in_channel() || (self.payload == PayloadPlace::Card && now >= until)
     }
 
     fn position(&self) -> QueuePosition {
@@ -411,12 +414,13 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         }
         self.throttled.iter_mut().for_each(RowQueue::clear);
         self.held.clear();
+        self.mirror.engine().abandon();
         self.counters.in_flight.set(0);
         self.counters.held.set(0);
     }
 
     fn is_let_go(&mut self) -> bool {
-        (self.shared.payload == PayloadPlace::Card || !self.in_channel()) && self.mirror.engine().is_idle()
+        (self.payload == PayloadPlace::Card || !self.in_channel()) && self.mirror.engine().is_idle()
     }
 
     fn is_drained(&mut self) -> bool {
@@ -431,7 +435,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         if !self.mirror.engine().is_idle() {
             return false;
         }
-        if self.shared.payload == PayloadPlace::InPlace {
+        if self.payload == PayloadPlace::InPlace {
             let old = self.mirror.engine_ref().memory();
             let unchanged = |row: &Row| {
                 let way = if row.kind == RequestKind::Write { Direction::FromHost } else { Direction::ToHost };
@@ -448,7 +452,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     fn let_go(&mut self, removed: &Removed) -> bool {
-        let in_place = self.shared.payload == PayloadPlace::InPlace;
+        let in_place = self.payload == PayloadPlace::InPlace;
         let touches =
             |row: &Row| row.data.iter().any(|segment| removed.touches(segment.address, segment.length.into()));
         // What is lent; copies are the engine's affair.

@@ -50,13 +50,21 @@ fn access_is_what_the_region_allows() {
 }
 
 #[test]
-fn distant_memory_is_known_and_not_reached() {
+fn distant_memory_is_reached_by_who_can_ask_for_it() {
     let ram = mapping(0x1000);
-    let memory =
-        HostMemory::new([region(0x1000, 0x1000, &ram, 0), Region::distant(Iova(0x2000), 0x1000).unwrap()]).unwrap();
-    assert!(memory.knows(Iova(0x1000), 0x2000) && !memory.knows(Iova(0x1000), 0x2001));
-    assert!(!memory.covers(Iova(0x1000), 0x2000));
-    assert!(memory.resolve(Iova(0x2000), 1, Direction::FromHost).is_none());
+    let fill = |memory: HostMemory| {
+        memory.insert(region(0x1000, 0x1000, &ram, 0)).unwrap();
+        memory.insert(Region::distant(Iova(0x2000), 0x1000).unwrap()).unwrap();
+        memory
+    };
+    let guest = Arc::new(crate::driver::GuestMemory::new(0x2000, 0x1000).unwrap());
+    let peer = crate::dma::distant::tests::peer(&guest, 1);
+    let (alone, asking) = (fill(HostMemory::default()), fill(HostMemory::with_distant(peer)));
+    let reaches = |memory: &HostMemory, length| memory.reaches(Iova(0x1000), length, Direction::FromHost);
+    assert!(reaches(&alone, 0x1000) && !reaches(&alone, 0x1001));
+    assert!(reaches(&asking, 0x2000) && !reaches(&asking, 0x2001));
+    assert!(!asking.covers(Iova(0x1000), 0x2000));
+    assert!(asking.resolve(Iova(0x2000), 1, Direction::FromHost).is_none());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The memory that a VMM maps for the function's DMA, range by range.
 //!
-//! Ranges without a descriptor (a guest's ROMs, or all of its memory where the VMM shares none) are entered too, so that what
-//! overlaps them is refused and what takes them away finds them.
+//! Ranges without a descriptor (a guest's ROMs, or all of its memory where the VMM shares none) are entered too: the VMM can be asked
+//! for their bytes.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,10 +9,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use crate::address::Iova;
-use crate::dma::{Access, HostMemory, MemoryError, MemoryFiles, PAGE_BYTES, Region, Removed};
+use crate::dma::{Access, DistantMemory, HostMemory, MemoryError, MemoryFiles, PAGE_BYTES, Region, Removed};
 
 /// The ranges, and the files that they are parts of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[cfg_attr(test, derive(Default))]
 pub(super) struct DmaTable {
     memory: Arc<HostMemory>,
     files: MemoryFiles,
@@ -36,6 +37,11 @@ impl DmaRefusal {
 }
 
 impl DmaTable {
+    /// A table without ranges; those that come without a descriptor are reached through `distant`.
+    pub(super) fn new(distant: Arc<dyn DistantMemory>) -> Self {
+        Self { memory: Arc::new(HostMemory::with_distant(distant)), files: MemoryFiles::default() }
+    }
+
     /// The function's memory.
     pub(super) const fn memory(&self) -> &Arc<HostMemory> {
         &self.memory

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The bits of a header's flags that say what kind of message it is.
 pub const FLAG_TYPE: u32 = 0xf;
@@ -83,6 +83,8 @@ pub struct Framing {
     body_bytes_max: u32,
     descriptors_max: usize,
     control: Vec<u8>,
+    /// Bytes of the message that is being received which are here.
+    received: usize,
 }
 
 impl Framing {
@@ -90,7 +92,7 @@ impl Framing {
     #[must_use]
     pub fn new(stream: UnixStream, body_bytes_max: u32, descriptors_max: usize) -> Self {
         let control = nix::cmsg_space!([i32; DESCRIPTORS_MAX]);
-        Self { stream, body_bytes_max, descriptors_max, control }
+        Self { stream, body_bytes_max, descriptors_max, control, received: 0 }
     }
 
     /// Waits for the next message.
@@ -98,25 +100,40 @@ impl Framing {
     /// # Errors
     /// When there is none any more, or what comes is not one; then the connection is of no use.
     pub fn receive(&mut self, message: &mut Message) -> Result<(), FramingError> {
-        message.body.clear();
-        message.fds.clear();
-        let mut header = Header::new_zeroed();
-        self.fill(header.as_mut_bytes(), &mut message.fds, true)?;
-        let body_bytes = header.size.checked_sub(HEADER_BYTES as u32).filter(|bytes| *bytes <= self.body_bytes_max);
-        let body_bytes = body_bytes.ok_or(FramingError::BadSize(header.size))?;
-        message.header = header;
-        message.body.resize(body_bytes as usize, 0);
-        self.fill(&mut message.body, &mut message.fds, false)
+        self.advance(message, MsgFlags::empty()).map(drop)
     }
 
-    /// Reads until `buffer` is full.
-    fn fill(&mut self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>, first: bool) -> Result<(), FramingError> {
-        let mut done = 0;
-        while done < buffer.len() {
-            let mut parts = [IoSliceMut::new(&mut buffer[done..])];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    /// Takes what is there of the next message, without waiting. Returns whether it is whole; if not, it goes on with the next call
+    /// of this or of [`receive`](Self::receive), for which `message` must be left as it is.
+    ///
+    /// # Errors
+    /// As for `receive`.
+    pub fn try_receive(&mut self, message: &mut Message) -> Result<bool, FramingError> {
+        self.advance(message, MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn advance(&mut self, message: &mut Message, flags: MsgFlags) -> Result<bool, FramingError> {
+        if self.received == 0 {
+            message.body.clear();
+            message.fds.clear();
+        }
+        loop {
+            let Message { header, body, fds } = &mut *message;
+            let buffer = match self.received.checked_sub(HEADER_BYTES) {
+                Some(inside) => &mut body[inside..],
+                None => &mut header.as_mut_bytes()[self.received..],
+            };
+            if buffer.is_empty() {
+                self.received = 0;
+                return Ok(true);
+            }
+            let mut parts = [IoSliceMut::new(buffer)];
+            let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
             let received = match recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut self.control), flags) {
                 Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) if flags.contains(MsgFlags::MSG_DONTWAIT) => return Ok(false),
+                // It went without reading what it was sent.
+                Err(Errno::ECONNRESET) => return Err(self.end()),
                 other => other?,
             };
             let count = received.bytes;
@@ -131,11 +148,20 @@ impl Framing {
                 return Err(FramingError::TooManyDescriptors(self.descriptors_max));
             }
             if count == 0 {
-                return Err(if first && done == 0 { FramingError::Closed } else { FramingError::Truncated });
+                return Err(self.end());
             }
-            done += count;
+            self.received += count;
+            if self.received == HEADER_BYTES {
+                let size = header.size;
+                let body_bytes = size.checked_sub(HEADER_BYTES as u32).filter(|bytes| *bytes <= self.body_bytes_max);
+                body.resize(body_bytes.ok_or(FramingError::BadSize(size))? as usize, 0);
+            }
         }
-        Ok(())
+    }
+
+    /// The peer is gone: between two messages, or in the middle of one.
+    const fn end(&self) -> FramingError {
+        if self.received == 0 { FramingError::Closed } else { FramingError::Truncated }
     }
 
     /// Sends a message; its size is that of `parts`. The descriptors go with its first byte.
@@ -166,12 +192,33 @@ impl Framing {
         Ok(())
     }
 
-    /// A second handle that sends on the same connection; whoever has both takes care that messages do not mix.
+    /// Sends as many bytes of a message as the peer takes now. Returns how many.
     ///
     /// # Errors
-    /// When the process has too many descriptors.
-    pub fn again(&self) -> std::io::Result<Self> {
-        Ok(Self::new(self.stream.try_clone()?, self.body_bytes_max, self.descriptors_max))
+    /// When the peer is gone.
+    pub fn send_some(&self, bytes: &[u8]) -> Result<usize, FramingError> {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        match sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(bytes)], &[], flags, None) {
+            Err(Errno::EINTR | Errno::EAGAIN) => Ok(0),
+            Err(Errno::EPIPE | Errno::ECONNRESET) => Err(FramingError::Closed),
+            other => Ok(other?),
+        }
+    }
+
+    /// Waits until the peer has taken all these bytes.
+    ///
+    /// # Errors
+    /// When the peer is gone.
+    pub fn send_bytes(&self, mut bytes: &[u8]) -> Result<(), FramingError> {
+        while !bytes.is_empty() {
+            let flags = MsgFlags::MSG_NOSIGNAL;
+            match sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(bytes)], &[], flags, None) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(FramingError::Closed),
+                other => bytes = &bytes[other?..],
+            }
+        }
+        Ok(())
     }
 }
 

@@ -3,7 +3,8 @@
 //! ```text
 //!   mod.rs                  one VMM after another; a second one at a time is refused
 //!     └► session.rs         one VMM's conversation: requests in, replies out
-//!          ├► framing.rs    bytes and descriptors to messages
+//!          ├► wire.rs       the connection, which lanes use too where the VMM shares no memory
+//!          │    └► framing.rs   bytes and descriptors to messages
 //!          ├► message.rs    messages to requests
 //!          ├► dma_table.rs  the memory that it maps for us
 //!          ├► function.rs   the function's registers, and what their writes do to queues
@@ -21,6 +22,7 @@ mod interrupts;
 pub mod message;
 mod port;
 mod session;
+mod wire;
 
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -154,9 +156,8 @@ fn has_hung_up(stream: &UnixStream) -> bool {
 fn refuse(stream: UnixStream) {
     let timed =
         stream.set_read_timeout(Some(REFUSAL_TIME_MAX)).and_then(|()| stream.set_write_timeout(Some(REFUSAL_TIME_MAX)));
-    if timed.is_ok() {
-        session::refuse(stream);
-    }
+    // One that cannot even be told hangs up on its own account.
+    let _ = timed.and_then(|()| session::refuse(stream));
 }
 
 /// A function's vfio-user link. Dropping it ends the connection and removes the socket.

@@ -18,16 +18,16 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::VfioUserSettings;
 use super::dma_table::DmaTable;
-use super::framing::{DESCRIPTORS_MAX, FLAG_ERROR, FLAG_NO_REPLY, FLAG_TYPE, Framing, FramingError, Header, Message};
-use super::framing::{TYPE_COMMAND, TYPE_REPLY};
+use super::framing::{FLAG_NO_REPLY, FLAG_TYPE, FramingError, Header, Message, TYPE_COMMAND, TYPE_REPLY};
 use super::function::ShownFunction;
 use super::interrupts::Action;
 use super::message::{
-    BODY_BYTES_MAX, Capabilities, DeviceInfo, DmaMap, DmaUnmap, IrqAction, IrqData, IrqInfo, IrqSet, RegionAccess,
-    RegionInfo, Request, SmallWrite, TRANSFER_BYTES_MAX, VersionBody, version_text,
+    Capabilities, DeviceInfo, DmaMap, DmaUnmap, IrqAction, IrqData, IrqInfo, IrqSet, RegionAccess, RegionInfo, Request,
+    SmallWrite, TRANSFER_BYTES_MAX, VersionBody, version_text,
 };
+use super::wire::{Wire, answer_error};
 use crate::address::Iova;
-use crate::dma::{Access, PAGE_BYTES, RANGES_MAX};
+use crate::dma::{Access, Direction, DistantMemory, PAGE_BYTES, RANGES_MAX};
 use crate::link::event::Event;
 use crate::link::{FunctionSide, drain};
 use crate::pci::{Space, VIRTIO_BAR, layout};
@@ -86,6 +86,7 @@ fn refusal<T>(errno: Errno, why: impl std::fmt::Display) -> Result<T, Refusal> {
 
 struct Session {
     name: String,
+    wire: Arc<Wire>,
     function: ShownFunction,
     side: Arc<dyn FunctionSide>,
     dma: DmaTable,
@@ -105,7 +106,7 @@ pub(super) fn run(
     stopping: &AtomicBool,
 ) {
     let name = &settings.function;
-    let mut session = match Session::new(settings, side) {
+    let mut session = match Session::new(stream, settings, side) {
         Ok(session) => session,
         Err(error) => {
             tracing::warn!(function = name, %error, "a VMM could not be served");
@@ -113,7 +114,7 @@ pub(super) fn run(
         }
     };
     tracing::info!(function = name, "a VMM is attached");
-    let end = session.converse(&mut Framing::new(stream, BODY_BYTES_MAX, DESCRIPTORS_MAX));
+    let end = session.converse();
     match end {
         _ if stopping.load(Ordering::Acquire) => {
             tracing::info!(function = name, "the link ends the connection");
@@ -129,28 +130,25 @@ pub(super) fn run(
 }
 
 /// Answers the first request with "busy", and ends the conversation.
-pub(super) fn refuse(stream: UnixStream) {
-    let mut framing = Framing::new(stream, BODY_BYTES_MAX, DESCRIPTORS_MAX);
-    let mut message = Message::default();
-    if framing.receive(&mut message).is_ok() {
+pub(super) fn refuse(stream: UnixStream) -> std::io::Result<()> {
+    let (wire, mut message) = (Wire::new(stream)?, Message::default());
+    if wire.receive(&mut message).is_ok() {
         // A peer that is gone already needs no answer.
-        let _ = answer_error(&framing, message.header, Errno::EBUSY);
+        let _ = answer_error(&wire, message.header, Errno::EBUSY);
     }
-}
-
-fn answer_error(framing: &Framing, request: Header, errno: Errno) -> Result<(), FramingError> {
-    let header = Header { flags: TYPE_REPLY | FLAG_ERROR, error: errno as u32, ..request };
-    framing.send(header, &[], &[])
+    Ok(())
 }
 
 impl Session {
-    fn new(settings: &VfioUserSettings, side: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
+    fn new(stream: UnixStream, settings: &VfioUserSettings, side: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
+        let wire = Arc::new(Wire::new(stream)?);
         let notify = if settings.mapped { Some(pages()?) } else { None };
         let function = ShownFunction::new(settings, side)?;
-        let dma = DmaTable::default();
+        let dma = DmaTable::new(Arc::clone(&wire) as Arc<dyn DistantMemory>);
         side.set_memory(Arc::clone(dma.memory()));
         Ok(Self {
             name: settings.function.clone(),
+            wire,
             function,
             side: Arc::clone(side),
             dma,
@@ -160,17 +158,17 @@ impl Session {
         })
     }
 
-    fn converse(&mut self, framing: &mut Framing) -> FramingError {
+    fn converse(&mut self) -> FramingError {
         let mut message = Message::default();
         loop {
-            let done = framing.receive(&mut message).and_then(|()| self.serve(framing, &mut message));
+            let done = self.wire.receive(&mut message).and_then(|()| self.serve(&mut message));
             if let Err(end) = done {
                 return end;
             }
         }
     }
 
-    fn serve(&mut self, framing: &Framing, message: &mut Message) -> Result<(), FramingError> {
+    fn serve(&mut self, message: &mut Message) -> Result<(), FramingError> {
         let header = message.header;
         if header.flags & FLAG_TYPE != TYPE_COMMAND {
             // A reply to nothing that was asked.
@@ -188,12 +186,12 @@ impl Session {
             Ok(reply) if wanted => {
                 let header = Header { flags: TYPE_REPLY, error: 0, ..header };
                 let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(AsFd::as_fd).collect();
-                framing.send(header, &[&reply.body], &fds)
+                self.wire.send(header, &[&reply.body], &fds)
             }
             Ok(_) => Ok(()),
             Err(refusal) => {
                 self.warn(header.command, &refusal.why);
-                if wanted { answer_error(framing, header, refusal.errno) } else { Ok(()) }
+                if wanted { answer_error(&self.wire, header, refusal.errno) } else { Ok(()) }
             }
         }
     }
@@ -270,6 +268,7 @@ impl Session {
             );
         }
         self.greeted = true;
+        self.wire.set_transfer_bytes_max(capabilities.max_data_xfer_size.unwrap_or(TRANSFER_BYTES_MAX));
         tracing::debug!(function = %self.name, ?version, ?capabilities, "a VMM has said what it can do");
         let reply = VersionBody { major: MAJOR, minor: version.minor.min(MINOR) };
         let ours = Capabilities {
@@ -322,7 +321,7 @@ impl Session {
     /// Queues whose memory is there go on.
     fn come_back(&mut self) {
         let memory = self.dma.memory();
-        self.function.come_back(|start, length| memory.covers(start, length));
+        self.function.come_back(|start, length| memory.reaches(start, length, Direction::FromHost));
     }
 
     fn region_info(&self, info: RegionInfo) -> Result<Reply, Refusal> {

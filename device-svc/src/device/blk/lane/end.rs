@@ -112,7 +112,7 @@ impl<E: DmaEngine> BlkLane<E> {
             }
             return Ok(());
         }
-        let in_place = self.shared.payload == PayloadPlace::InPlace;
+        let in_place = self.payload == PayloadPlace::InPlace;
         match row.request {
             Request::Transfer { write, bytes, .. } => {
                 if in_place && !row.flushing {

@@ -153,7 +153,7 @@ impl<E: DmaEngine> BlkLane<E> {
             return Ok(self.submit_one(number, BlockOperation::Flush, 0, 0, channel));
         }
         let operation = if write { BlockOperation::Write } else { BlockOperation::Read };
-        if self.shared.payload == PayloadPlace::InPlace {
+        if self.payload == PayloadPlace::InPlace {
             let direction = if write { Direction::FromHost } else { Direction::ToHost };
             let row = &mut self.rows[number];
             row.vectors.clear();

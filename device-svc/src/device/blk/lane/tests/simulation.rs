@@ -8,7 +8,7 @@ use super::super::*;
 use super::{CountingPort, Faults};
 use crate::backend::{BlockInfo, BlockOperation, BlockRequest, Completion};
 use crate::device::blk::BlkSettings;
-use crate::dma::{CopyEngine, DelayedEngine, Mapping, Region};
+use crate::dma::{CopyEngine, DelayedEngine, DistantEngine, Mapping, Region, half_shared};
 use crate::driver::block::{BlockQueue, Range as DriverRange};
 use crate::driver::{GuestMemory, QueueOptions};
 
@@ -110,7 +110,18 @@ enum Awaited {
     Flush,
 }
 
-fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, late: bool, size: u16) {
+/// How the card reaches the guest's memory.
+#[derive(Clone, Copy, Debug)]
+enum Reached {
+    /// At once.
+    Now,
+    /// Late.
+    Late,
+    /// Every other page by asking for it.
+    Asked,
+}
+
+fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, reached: Reached, size: u16) {
     let mut random = Random(seed);
     let memory = Arc::new(GuestMemory::new(0x10_0000, 4 << 20).unwrap());
     let disk_bytes = BLOCKS * 512;
@@ -169,12 +180,23 @@ fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, late
     let faults = Arc::new(Faults::default());
     let report = Arc::clone(&faults) as Arc<dyn FaultReport>;
     let first = table(&memory);
-    if late {
-        let lane = BlkLane::new(start, shared, Arc::default(), report, |card| DelayedEngine::new(card, first, seed, 0));
-        go(&mut random, &memory, &mut guest, lane.unwrap(), server, &table);
-    } else {
-        let lane = BlkLane::new(start, shared, Arc::default(), report, |card| CopyEngine::new(card, first));
-        go(&mut random, &memory, &mut guest, lane.unwrap(), server, &table);
+    let counters = Arc::default();
+    match reached {
+        Reached::Now => {
+            let lane = BlkLane::new(start, shared, counters, report, |card| CopyEngine::new(card, first));
+            go(&mut random, &memory, &mut guest, lane.unwrap(), server, &table);
+        }
+        Reached::Late => {
+            let lane = BlkLane::new(start, shared, counters, report, |card| DelayedEngine::new(card, first, seed, 0));
+            go(&mut random, &memory, &mut guest, lane.unwrap(), server, &table);
+        }
+        Reached::Asked => {
+            let peer = crate::dma::peer(&memory, seed);
+            let half = |memory: &GuestMemory| half_shared(memory, &peer);
+            let engine = |card| DistantEngine::new(card, half(&memory), Arc::clone(&peer) as _);
+            let lane = BlkLane::new(start, shared, counters, report, engine);
+            go(&mut random, &memory, &mut guest, lane.unwrap(), server, &half);
+        }
     }
     assert!(faults.0.lock().unwrap().is_empty(), "{:?}", faults.0.lock().unwrap());
 }
@@ -325,7 +347,8 @@ fn every_request_ends_once_and_no_byte_is_lost() {
                 | features::INDIRECT;
             let size = if bit(5) { 16 } else { 128 };
             println!("seed {seed}, mode {mode:06b}");
-            run(seed * 64 + mode, wanted, bit(3), bit(4), seed % 2 == 0, size);
+            let reached = [Reached::Late, Reached::Now, Reached::Asked][seed as usize % 3];
+            run(seed * 64 + mode, wanted, bit(3), bit(4), reached, size);
         }
     }
 }
