@@ -301,36 +301,14 @@ fn clients_come_and_go() {
     wait_for("the last one to be gone", || state().contains("waiting"));
 }
 
-/// Doorbells that are plain stores: the reactor polls, and no message is sent.
+/// The notify registers can be mapped, and nothing else: whoever stores to another register must be heard.
 #[test]
-fn a_mapped_doorbell_costs_no_message() {
+fn notify_registers_can_be_mapped() {
     let card = card(r#", notify = "mapped""#, "always");
-    let mut device = Device::open(&card, "f");
+    let device = Device::open(&card, "f");
     let region = device.client.region(BAR).unwrap();
     let areas: Vec<_> = region.sparse_areas.iter().map(|area| (area.offset, area.size)).collect();
     assert_eq!(areas, [(device.notify, 0x1000)]);
-    let pages = region.file_offset.as_ref().unwrap();
-    let page = device_svc::dma::Mapping::new(pages.file(), pages.start() + device.notify, 0x1000).unwrap();
-    let accepted = device.negotiate(ALWAYS);
-    let (memory, mut queue) = attach(&mut device, 0, accepted);
-    let done = event();
-    device.client.set_irqs(MSIX, EVENTS, 1, 1, &[done.as_raw_fd()]).unwrap();
-    device.start(0, 64, 1, &mut queue);
-    for row in 0..ROWS {
-        memory.copy_in(queue.data_at(row), &[row as u8; 4096]);
-        assert!(queue.write(row, u64::from(row) * 8, 4096));
-    }
-    queue.queue().want_interrupts(true);
-    queue.publish();
-    // What a driver's doorbell is: a store to the page, and nothing on the socket.
-    assert!(!page.as_ptr().is_null());
-    let mut left = ROWS;
-    while left > 0 {
-        comes(&done);
-        while let Some(ended) = queue.take_ended() {
-            assert_eq!(ended.status, 0);
-            left -= 1;
-        }
-        queue.queue().want_interrupts(true);
-    }
+    let file = region.file_offset.as_ref().unwrap();
+    assert_eq!(file.file().metadata().unwrap().len(), region.size);
 }

@@ -173,6 +173,8 @@ unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
 }
 
 impl DmaEngine for CopyEngine {
+    const LATE: bool = false;
+
     #[inline]
     fn card(&self) -> &CardMemory {
         &self.card

@@ -181,6 +181,9 @@ pub trait DmaEngine: Send {
     /// Whether host memory can be lent in place; if not, payload goes through card memory.
     const LENDS: bool = true;
 
+    /// Whether copies land later than they are submitted.
+    const LATE: bool = true;
+
     /// The card memory that this engine copies to and from.
     fn card(&self) -> &CardMemory;
 

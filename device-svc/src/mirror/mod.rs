@@ -61,6 +61,8 @@ pub enum QueueFault {
 pub enum Fetched {
     /// The ring is empty.
     Nothing,
+    /// Whether it is empty is on its way; call again.
+    Looking,
     /// Copies are on their way; call again.
     Waiting,
     /// This many chains were handed over.

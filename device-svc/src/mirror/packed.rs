@@ -126,6 +126,8 @@ impl PackedMirror {
                     if budget == 0 {
                         return Ok(Fetched::Nothing);
                     }
+                    // A wish for a doorbell that was not seen through is made again.
+                    self.arming = None;
                     // How much waits is not known before it is fetched: where the batch before was whole, probably more.
                     let most = if self.was_full { FETCH_MAX } else { FETCH_WHOLE_MAX };
                     (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget.min(most), 0, 0, 0);
@@ -133,7 +135,7 @@ impl PackedMirror {
                 }
                 Fetching::Slots(ticket) => {
                     if engine.landed()? < ticket {
-                        return Ok(Fetched::Waiting);
+                        return Ok(if self.found_count == 0 { Fetched::Looking } else { Fetched::Waiting });
                     }
                     if self.find_chains(engine)? {
                         self.fetching = Fetching::Slots(self.request_slots(engine, SLOTS_MIN)?);

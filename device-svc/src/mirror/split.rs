@@ -165,6 +165,8 @@ impl SplitMirror {
                     if budget == 0 {
                         return Ok(Fetched::Nothing);
                     }
+                    // A wish for a doorbell that was not seen through is made again.
+                    self.arming = None;
                     // What is known to wait is taken first; the index is read again only when that is used up, which also
                     // keeps the line of the driver's index with the driver.
                     if self.ring.known_available() > 0 {
@@ -177,7 +179,7 @@ impl SplitMirror {
                 }
                 Fetching::Index(ticket) => {
                     if engine.landed()? < ticket {
-                        return Ok(Fetched::Waiting);
+                        return Ok(Fetched::Looking);
                     }
                     self.fetching = Fetching::Idle;
                     if self.ring.see_avail(engine.card().get(self.places.avail_index))? == 0 {

@@ -64,6 +64,8 @@ enum State {
 enum Doorbell {
     /// The ring is polled.
     Polled,
+    /// The driver is being asked to ring.
+    Arming,
     /// The driver was asked to ring.
     Armed,
 }
@@ -75,6 +77,8 @@ pub struct BlkLane<E> {
     number: u32,
     state: State,
     doorbell: Doorbell,
+    /// It rang, and what for has not been found yet.
+    rung: bool,
     /// The ring itself cannot be reached: nothing can be published any more.
     ring_gone: bool,
     features: u64,
@@ -141,6 +145,7 @@ impl<E: DmaEngine> BlkLane<E> {
             number: 0,
             state: State::Running,
             doorbell: Doorbell::Polled,
+            rung: false,
             ring_gone: false,
             features: start.features,
             in_order: start.features & features::IN_ORDER != 0,
@@ -206,7 +211,7 @@ impl<E: DmaEngine> BlkLane<E> {
             }
         }
         let unfinished = matches!(self.state, State::Stopping(_)) && self.mirror.is_fetching() && !self.ring_gone;
-        if (self.state == State::Running && self.ready.is_empty()) || unfinished {
+        if (self.state == State::Running && self.ready.is_empty() && !self.is_quiet()) || unfinished {
             did |= self.fetch(now, chains_max)?;
         }
         // Twice: where copies land at once, a write's header and then its payload are here in the same turn.
@@ -217,6 +222,12 @@ impl<E: DmaEngine> BlkLane<E> {
             }
         }
         Ok(did)
+    }
+
+    /// Whether there is no reason to look at the ring. Where copies are late a look takes turns, and the lane could never sleep
+    /// between two: so once it wants a doorbell it relies on that.
+    fn is_quiet(&self) -> bool {
+        E::LATE && self.doorbell != Doorbell::Polled && !self.rung && !self.mirror.is_fetching()
     }
 
     fn throttled_in_the_way(&self) -> bool {
@@ -329,7 +340,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         }
         if self.doorbell == Doorbell::Armed {
             // Armed since it last found something; the driver rings for whatever came since.
-            return Some(true);
+            return Some(!E::LATE || self.is_quiet());
         }
         if self.mirror.is_publishing() || !self.landing.is_empty() {
             return Some(false);
@@ -344,7 +355,15 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
                 self.count();
                 Some(true)
             }
-            Ok(waiting) => waiting,
+            Ok(None) => {
+                self.doorbell = Doorbell::Arming;
+                None
+            }
+            Ok(Some(false)) => {
+                // A look is under way; it shall be the last before the doorbell is asked for.
+                self.doorbell = if self.mirror.is_fetching() { Doorbell::Arming } else { Doorbell::Polled };
+                Some(false)
+            }
             Err(fault) => {
                 self.fail(fault);
                 Some(false)
@@ -358,6 +377,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
 
     fn take_doorbell(&mut self) {
         if self.port.take_doorbell() {
+            self.rung = true;
             self.counters.doorbells.add(1);
         }
     }
@@ -399,6 +419,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         self.port = start.port;
         self.state = State::Running;
         self.doorbell = Doorbell::Polled;
+        self.rung = false;
     }
 
     fn abandon(&mut self) {

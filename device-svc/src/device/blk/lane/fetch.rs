@@ -42,11 +42,18 @@ impl<E: DmaEngine> BlkLane<E> {
         if let Some(fault) = bad {
             return Err(fault);
         }
-        if matches!(fetched, Fetched::Chains(_)) && self.doorbell == Doorbell::Armed {
-            self.doorbell = Doorbell::Polled;
-            self.mirror.disarm_doorbell()?;
+        match fetched {
+            Fetched::Chains(_) => {
+                self.rung = false;
+                if self.doorbell != Doorbell::Polled {
+                    self.doorbell = Doorbell::Polled;
+                    self.mirror.disarm_doorbell()?;
+                }
+            }
+            Fetched::Nothing => self.rung = false,
+            Fetched::Waiting | Fetched::Looking => {}
         }
-        Ok(fetched != Fetched::Nothing)
+        Ok(matches!(fetched, Fetched::Chains(_) | Fetched::Waiting))
     }
 
     /// Takes the rows whose copies have landed one stage further.

@@ -262,7 +262,9 @@ fn go<E: DmaEngine>(
                     issued += 1;
                 }
             }
-            guest.publish();
+            if guest.publish() {
+                lane.take_doorbell();
+            }
         }
         while let Some(one) = guest.take_ended() {
             let awaited = rows[one.row as usize].take();
