@@ -74,7 +74,7 @@ pub(crate) enum Part {
 const DEPTHS: [u32; 3] = [1, 32, 128];
 const FILE_BYTES: u64 = 1 << 30;
 
-/// Goals: see the README's table of what Dray should reach.
+/// Goals: what the medians are held against.
 const NULL_RATIO: f64 = 5.0;
 const LATENCY_RATIO: f64 = 0.25;
 const FILE_RATIO: f64 = 1.6;

@@ -27,7 +27,7 @@ const MANY: u64 = 50_000;
 const FIRST: usize = 1_000;
 const LOOKUPS: u64 = 2_000_000;
 
-/// Goals: see the README's table of what Dray should reach.
+/// Goals: what the medians are held against.
 const LOOKUP_RATIO: f64 = 3.0;
 const MAP_RATIO: f64 = 2.0;
 

@@ -14,7 +14,7 @@ use crate::report::{Goal, Row, Unit};
 
 const NULL: &str = "{ type = \"null\", size = \"1G\" }";
 
-/// Goals: see the README's table of what Dray should reach.
+/// Goals: what the medians are held against.
 const DIRECT_TRANSACTIONS: f64 = 3.5;
 const INDIRECT_TRANSACTIONS: f64 = 4.5;
 const FIRST_BYTES: f64 = (64u32 << 20) as f64;
