@@ -11,7 +11,7 @@
 
 pub mod blk;
 pub mod limit;
-//pub mod net;
+pub mod net;
 mod pages;
 mod queue;
 

@@ -10,8 +10,11 @@
 //! hands over comes from the network and is untrusted: only its length and its header have been checked.
 
 mod carrier;
+mod frame_ring;
 pub mod header;
 mod incoming;
+pub mod loopback;
+pub mod null;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
