@@ -194,7 +194,7 @@ fn complete(lanes: &mut [Option<LaneSlot>], now: Moment, completions: &mut Vec<C
     true
 }
 
-/// The turn of a network device: what its VM sends goes first, so that what comes back of it is received in the same turn.
+/// The turn of a network device: lanes first, so that what comes back of what a VM sends is received in the same turn.
 #[inline]
 fn turn_net(
     channels: &mut [Option<Box<dyn NetChannel>>],
@@ -204,29 +204,31 @@ fn turn_net(
     chains_max: u16,
 ) -> Turned {
     let mut turned = Turned::default();
-    for receiving in [false, true] {
-        for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
-            let AnyLane::Net(lane) = &mut slot.lane else { continue };
-            let pair = match lane.role() {
-                NetRole::Receive(pair) if receiving => Some(pair),
-                NetRole::Transmit(pair) if !receiving => Some(pair),
-                NetRole::Control if !receiving => None,
-                _ => continue,
-            };
-            let mut channel = pair.and_then(|pair| channels.get_mut(usize::from(pair))?.as_deref_mut());
-            let mut did = lane.turn(now, chains_max, channel.as_deref_mut());
-            if let Some(channel) = channel
-                && receiving
-                && lane.takes_frames()
-            {
-                let frames = channel.receive(usize::from(chains_max).min(BURST));
-                if !frames.is_empty() {
-                    let taken = lane.deliver(now, frames);
-                    channel.release(taken);
-                    did |= taken > 0;
-                }
+    for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+        let AnyLane::Net(lane) = &mut slot.lane else { continue };
+        let channel = match lane.role() {
+            NetRole::Receive(pair) | NetRole::Transmit(pair) => {
+                channels.get_mut(usize::from(pair)).and_then(Option::as_deref_mut)
             }
-            turned.lane(did, turn, &mut slot.worked_in);
+            NetRole::Control => None,
+        };
+        turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in);
+    }
+    for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+        let AnyLane::Net(lane) = &mut slot.lane else { continue };
+        let NetRole::Receive(pair) = lane.role() else { continue };
+        let Some(Some(channel)) = channels.get_mut(usize::from(pair)) else { continue };
+        if !lane.takes_frames() {
+            continue;
+        }
+        let frames = channel.receive(usize::from(chains_max).min(BURST));
+        if !frames.is_empty() {
+            let taken = lane.deliver(now, frames);
+            channel.release(taken);
+            if taken > 0 {
+                turned.did = true;
+                slot.worked_in = turn;
+            }
         }
     }
     turned

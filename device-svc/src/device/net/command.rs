@@ -171,6 +171,3 @@ fn receive_offload_bits(accepted: u64) -> u64 {
     ];
     accepted & bits.into_iter().fold(0, |all, bit| all | 1 << bit)
 }
-
-#[cfg(test)]
-mod tests;

@@ -130,6 +130,3 @@ impl Filter {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
