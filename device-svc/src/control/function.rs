@@ -12,16 +12,21 @@ use crate::backend::BackendError;
 use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
+use crate::device::net::{NetDevice, NetSettings, NetShared};
 use crate::device::{Device, FaultReport, LanePlace, Outlet, QueueFault};
 use crate::dma::{HostMemory, Removed};
-use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
+use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
+use crate::uplink::Uplink;
 use crate::volume::Volume;
 
 /// Functions are numbered over the life of the process; a number is never used twice.
 static NEXT_NUMBER: AtomicU32 = AtomicU32::new(1);
+
+/// The smallest MTU that a network may have (virtio 1.3, 5.1.4.1), bytes.
+const MTU_MIN: u16 = 68;
 
 /// What a queue was started with, as far as a stopped one must match to go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,6 +58,13 @@ struct Inner {
 /// What is changed of a device while it runs.
 enum Kind {
     Blk { shared: Arc<BlkShared>, limit: Arc<Limit> },
+    Net { shared: Arc<NetShared>, limit: Arc<Limit> },
+}
+
+/// The reactors of a function's queues, and what was asked of [`Reactors::place`] for them.
+struct Placement {
+    queues: Vec<usize>,
+    placed: Vec<usize>,
 }
 
 /// A function of any device.
@@ -65,6 +77,8 @@ pub struct CardFunction {
     reactors: Arc<Reactors>,
     /// The reactor of each queue.
     placement: Vec<usize>,
+    /// What the reactors count as placed on them.
+    placed: Vec<usize>,
     courier: Sender<FaultNotice>,
     notify: Notify,
     inner: Mutex<Inner>,
@@ -160,7 +174,8 @@ impl CardFunction {
         };
         let shared = Arc::new(BlkShared::new(settings, &info));
         let device = Arc::new(BlkDevice(Arc::clone(&shared)));
-        let placement = place.reactors.place(config.queues, info.channels_max);
+        let placed = place.reactors.place(config.queues, info.channels_max);
+        let placement = Placement { queues: placed.clone(), placed };
         let function = Self::assemble(&config.name, device, Kind::Blk { shared, limit }, placement, place);
         // All channels first: a function is made whole or not at all.
         let outlet = |_: &usize| volume.backend.open_channel().map(Outlet::Block);
@@ -168,11 +183,64 @@ impl CardFunction {
         function.open(outlets)
     }
 
+    /// Makes a virtio-net function on `uplink`: places its queue pairs and opens a channel for each. `limit` is its own limit, which
+    /// is also among those of `settings`.
+    ///
+    /// # Errors
+    /// When the uplink refuses.
+    pub fn net(
+        name: &str,
+        settings: NetSettings,
+        limit: Arc<Limit>,
+        uplink: &Uplink,
+        place: FunctionPlace,
+    ) -> Result<Arc<Self>, BackendError> {
+        let backend = &uplink.backend;
+        let pairs = settings.pairs;
+        let control = settings.control;
+        let shared = Arc::new(NetShared::new(settings, backend.info(), backend.carrier().is_up()));
+        let device = Arc::new(NetDevice(Arc::clone(&shared)));
+        // Both queues of a pair are on one reactor, with their channel; the control queue touches no frames, and can be anywhere.
+        let placed = place.reactors.place(pairs, usize::MAX);
+        let both = placed.iter().flat_map(|reactor| [*reactor; 2]);
+        let queues = both.chain(placed.first().copied().filter(|_| control)).collect();
+        let placement = Placement { queues, placed: placed.clone() };
+        let function = Self::assemble(name, device, Kind::Net { shared, limit }, placement, place);
+        let channels_on = |reactor: &usize| {
+            let channel = |on: &usize| (on == reactor).then(|| backend.open_channel()).transpose();
+            placed.iter().map(channel).collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        };
+        let outlets = function.used_reactors().iter().map(channels_on).collect::<Result<Vec<_>, _>>();
+        let function = function.open(outlets)?;
+        let watched = Arc::downgrade(&function);
+        backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));
+        Ok(function)
+    }
+
+    /// The uplink has come or gone. Returns whether to tell it of the next change.
+    fn carrier_changed(&self, up: bool) -> bool {
+        if let Kind::Net { shared, .. } = &self.kind
+            && shared.set_carrier_up(up)
+        {
+            tracing::info!(function = %self.name, up, "the uplink's carrier decides the link");
+            self.tell_config();
+        }
+        !self.lock().closed
+    }
+
+    /// The guest gets a configuration interrupt.
+    fn tell_config(&self) {
+        let host = self.lock().host.clone();
+        if let Some(host) = host {
+            host.config_changed();
+        }
+    }
+
     fn assemble(
         name: &str,
         device: Arc<dyn Device>,
         kind: Kind,
-        placement: Vec<usize>,
+        placement: Placement,
         place: FunctionPlace,
     ) -> Arc<Self> {
         let queues = usize::from(device.queue_count());
@@ -184,7 +252,8 @@ impl CardFunction {
             kind,
             counters: (0..queues).map(|_| Arc::default()).collect(),
             reactors,
-            placement,
+            placement: placement.queues,
+            placed: placement.placed,
             courier,
             notify,
             inner: Mutex::new(Inner {
@@ -200,7 +269,7 @@ impl CardFunction {
 
     /// Hands each reactor that the function is on its outlet, or lets go of the places.
     fn open(self: Arc<Self>, outlets: Result<Vec<Outlet>, BackendError>) -> Result<Arc<Self>, BackendError> {
-        let outlets = outlets.inspect_err(|_| self.reactors.release(&self.placement))?;
+        let outlets = outlets.inspect_err(|_| self.reactors.release(&self.placed))?;
         for (number, outlet) in self.used_reactors().into_iter().zip(outlets) {
             self.reactors.handles()[number].post(Message::OpenOutlet { function: self.number, outlet });
         }
@@ -247,17 +316,15 @@ impl CardFunction {
 
     /// Changes its limit while it runs.
     pub fn set_limit(&self, limit: &LimitConfig) {
-        let Kind::Blk { limit: own, .. } = &self.kind;
+        let (Kind::Blk { limit: own, .. } | Kind::Net { limit: own, .. }) = &self.kind;
         own.set(&rates_of(limit));
     }
 
     /// Its volume has another size: the guest gets a configuration interrupt.
     pub fn resized(&self, size_bytes: u64) {
-        let Kind::Blk { shared, .. } = &self.kind;
-        shared.set_size_bytes(size_bytes);
-        let host = self.lock().host.clone();
-        if let Some(host) = host {
-            host.config_changed();
+        if let Kind::Blk { shared, .. } = &self.kind {
+            shared.set_size_bytes(size_bytes);
+            self.tell_config();
         }
     }
 
@@ -271,7 +338,7 @@ impl CardFunction {
             inner.host = None;
         }
         self.ask_each(|reply| Message::CloseOutlet { function: self.number, reply });
-        self.reactors.release(&self.placement);
+        self.reactors.release(&self.placed);
     }
 
     /// Posts a message to every reactor that the function is on, and waits for all answers.
@@ -323,7 +390,37 @@ impl CardFunction {
     }
 }
 
+impl NetworkSide for NetShared {
+    fn pairs(&self) -> u16 {
+        self.pairs()
+    }
+
+    fn use_mtu(&self, mtu: u64) -> Result<(), Refusal> {
+        match u16::try_from(mtu) {
+            Ok(mtu) if (MTU_MIN..=self.mtu_max()).contains(&mtu) => {
+                self.set_mtu(mtu);
+                Ok(())
+            }
+            _ => {
+                let most = self.mtu_max();
+                Err(Refusal::Invalid(format!("an MTU of {mtu} bytes; the uplink carries {MTU_MIN} to {most}")))
+            }
+        }
+    }
+
+    fn announce(&self, address: [u8; 6]) {
+        self.announce_for(address);
+    }
+}
+
 impl FunctionSide for Arc<CardFunction> {
+    fn network(&self) -> Option<&dyn NetworkSide> {
+        match &self.kind {
+            Kind::Net { shared, .. } => Some(shared.as_ref()),
+            Kind::Blk { .. } => None,
+        }
+    }
+
     fn offered_features(&self) -> u64 {
         self.device.offered_features()
     }
