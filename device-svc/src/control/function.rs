@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
+use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
 use crate::device::{Device, FaultReport, LanePlace, Outlet, QueueFault};
@@ -132,26 +132,27 @@ pub fn rates_of(config: &LimitConfig) -> Rates {
 }
 
 impl CardFunction {
-    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of
-    /// its group; `notify` is told of each change of standing.
+    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `blk` is what `config` says
+    /// of the disk, `group` the limit of its group.
     ///
     /// # Errors
     /// When the volume's storage refuses.
     pub fn blk(
         config: &FunctionConfig,
+        blk: &BlkConfig,
         volume: &Volume,
         group: Option<Arc<Limit>>,
         place: FunctionPlace,
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
-        let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
+        let limit = Arc::new(Limit::new(&rates_of(&blk.limit)));
         let settings = BlkSettings {
-            queues: config.queues,
+            queues: blk.queues,
             queue_size_max: config.queue_size,
             packed: config.packed,
-            segments_max: config.seg_max,
-            block_bytes: config.block_bytes,
-            write_back: config.write_cache,
+            segments_max: blk.seg_max,
+            block_bytes: blk.block_bytes,
+            write_back: blk.write_cache,
             copy_payload: config.link.payload == PayloadConfig::Copy,
             read_only: volume.read_only,
             serial: volume.serial,
@@ -160,7 +161,7 @@ impl CardFunction {
         };
         let shared = Arc::new(BlkShared::new(settings, &info));
         let device = Arc::new(BlkDevice(Arc::clone(&shared)));
-        let placement = place.reactors.place(config.queues, info.channels_max);
+        let placement = place.reactors.place(blk.queues, info.channels_max);
         let function = Self::assemble(&config.name, device, Kind::Blk { shared, limit }, placement, place);
         // All channels first: a function is made whole or not at all.
         let outlet = |_: &usize| volume.backend.open_channel().map(Outlet::Block);

@@ -5,11 +5,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::function::{CardFunction, FaultNotice, FunctionPlace, rates_of, start_courier};
-use super::seam::{FunctionRun, FunctionStarter, Notify, Standing, StartError};
+use super::seam::{Backing, FunctionRun, FunctionStarter, Notify, SetError, Standing, StartError};
 use crate::backend::BackendError;
 use crate::config::{
-    FunctionConfig, FunctionKind, LimitConfig, LimitGroupConfig, LinkConfig, LinkKind, NotifyConfig, ReactorsConfig,
-    SocketMode,
+    DeviceConfig, FunctionConfig, LimitConfig, LimitGroupConfig, LinkConfig, LinkKind, NetChange, NotifyConfig,
+    ReactorsConfig, SocketMode,
 };
 use crate::device::limit::Limit;
 use crate::link::vfio_user::{VfioUserLink, VfioUserSettings};
@@ -61,17 +61,20 @@ impl FunctionStarter for OnReactors {
         &self,
         config: &FunctionConfig,
         group: Option<&LimitGroupConfig>,
-        volume: Arc<Volume>,
+        backing: Backing,
         notify: Notify,
     ) -> Result<Arc<dyn FunctionRun>, StartError> {
+        let (DeviceConfig::Blk(blk), Backing::Volume(volume)) = (&config.device, backing) else {
+            return Err(StartError::Refused("a function of type net is not served yet".to_owned()));
+        };
         config.check_reactors(&self.config).map_err(|(key, why)| StartError::Refused(format!("`{key}`: {why}")))?;
         let group = group.map(|group| self.limit_of(group));
         let place = FunctionPlace { reactors: Arc::clone(&self.reactors), courier: self.courier.clone(), notify };
-        let function = CardFunction::blk(config, &volume, group, place).map_err(|error| match error {
+        let function = CardFunction::blk(config, blk, &volume, group, place).map_err(|error| match error {
             BackendError::Refused(why) => StartError::Refused(why),
             BackendError::Unavailable(why) => StartError::Unavailable(why),
         })?;
-        match start_link(config, Arc::new(Arc::clone(&function))) {
+        match start_link(config, Identity::BLK, Arc::new(Arc::clone(&function))) {
             Ok(link) => Ok(Arc::new(Running { function, link: Mutex::new(Some(link)), _volume: volume })),
             Err(error) => {
                 function.close();
@@ -91,7 +94,7 @@ enum Link {
     VfioUser { _link: VfioUserLink },
 }
 
-fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
+fn start_link(config: &FunctionConfig, identity: Identity, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
     let LinkConfig { socket, socket_mode, kind, .. } = &config.link;
     let (function, socket, mode) = (config.name.clone(), socket.clone(), *socket_mode);
     match *kind {
@@ -104,9 +107,6 @@ fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Li
             VhostUserLink::start(settings, side).map(|link| Link::VhostUser { _link: link })
         }
         LinkKind::VfioUser { notify, msix } => {
-            let identity = match config.kind {
-                FunctionKind::Blk => Identity::BLK,
-            };
             let mapped = notify == NotifyConfig::Mapped;
             let settings = VfioUserSettings { function, socket, mode, identity, mapped, msix };
             VfioUserLink::start(settings, side).map(|link| Link::VfioUser { _link: link })
@@ -137,6 +137,10 @@ impl FunctionRun for Running {
 
     fn set_limit(&self, limit: &LimitConfig) {
         self.function.set_limit(limit);
+    }
+
+    fn set_net(&self, _: &NetChange) -> Result<(), SetError> {
+        Err(SetError::Refused("a disk has no settings of a network interface".to_owned()))
     }
 
     fn stop(&self) {
