@@ -3,30 +3,32 @@
 //! The link calls [`FunctionSide`] from a thread of its own and may wait for a reactor's answer; a reactor never waits for
 //! anybody. What goes wrong on a reactor comes back through a courier thread, because telling the host may block.
 
+mod faults;
+mod net;
+
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use faults::{FaultNotice, start_courier};
 
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
+use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
-use crate::device::net::{NetDevice, NetSettings, NetShared};
-use crate::device::{Device, FaultReport, LanePlace, Outlet, QueueFault};
+use crate::device::net::NetShared;
+use crate::device::{Device, LanePlace, Outlet, QueueFault};
 use crate::dma::{HostMemory, Removed};
 use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
-use crate::uplink::Uplink;
 use crate::volume::Volume;
+use faults::Reporter;
 
 /// Functions are numbered over the life of the process; a number is never used twice.
 static NEXT_NUMBER: AtomicU32 = AtomicU32::new(1);
-
-/// The smallest MTU that a network may have (virtio 1.3, 5.1.4.1), bytes.
-const MTU_MIN: u16 = 68;
 
 /// What a queue was started with, as far as a stopped one must match to go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,26 +86,6 @@ pub struct CardFunction {
     inner: Mutex<Inner>,
 }
 
-/// A fault on its way from a reactor to the host.
-pub struct FaultNotice {
-    function: Weak<CardFunction>,
-    queue: u16,
-    fault: QueueFault,
-}
-
-/// The reactor's end of the courier.
-struct Reporter {
-    function: Weak<CardFunction>,
-    courier: Sender<FaultNotice>,
-}
-
-impl FaultReport for Reporter {
-    fn queue_failed(&self, queue: u16, fault: QueueFault) {
-        // The service is ending if nobody listens any more.
-        let _ = self.courier.send(FaultNotice { function: Weak::clone(&self.function), queue, fault });
-    }
-}
-
 /// Where a function runs, and whom it tells.
 pub struct FunctionPlace {
     /// The reactors that its queues are placed on.
@@ -112,23 +94,6 @@ pub struct FunctionPlace {
     pub courier: Sender<FaultNotice>,
     /// Told of each change of standing.
     pub notify: Notify,
-}
-
-/// Starts the thread that carries faults from the reactors to the functions they concern. It ends when the last sender is
-/// gone.
-///
-/// # Errors
-/// When the kernel refuses a thread.
-pub fn start_courier() -> std::io::Result<Sender<FaultNotice>> {
-    let (sender, receiver): (Sender<FaultNotice>, Receiver<FaultNotice>) = channel();
-    std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
-        for FaultNotice { function, queue, fault } in receiver {
-            if let Some(function) = function.upgrade() {
-                function.queue_failed(queue, fault);
-            }
-        }
-    })?;
-    Ok(sender)
 }
 
 /// The rates of a configured limit.
@@ -146,26 +111,27 @@ pub fn rates_of(config: &LimitConfig) -> Rates {
 }
 
 impl CardFunction {
-    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of
-    /// its group; `notify` is told of each change of standing.
+    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `blk` is what `config` says
+    /// of the disk, `group` the limit of its group.
     ///
     /// # Errors
     /// When the volume's storage refuses.
     pub fn blk(
         config: &FunctionConfig,
+        blk: &BlkConfig,
         volume: &Volume,
         group: Option<Arc<Limit>>,
         place: FunctionPlace,
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
-        let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
+        let limit = Arc::new(Limit::new(&rates_of(&blk.limit)));
         let settings = BlkSettings {
-            queues: config.queues,
+            queues: blk.queues,
             queue_size_max: config.queue_size,
             packed: config.packed,
-            segments_max: config.seg_max,
-            block_bytes: config.block_bytes,
-            write_back: config.write_cache,
+            segments_max: blk.seg_max,
+            block_bytes: blk.block_bytes,
+            write_back: blk.write_cache,
             copy_payload: config.link.payload == PayloadConfig::Copy,
             read_only: volume.read_only,
             serial: volume.serial,
@@ -174,58 +140,13 @@ impl CardFunction {
         };
         let shared = Arc::new(BlkShared::new(settings, &info));
         let device = Arc::new(BlkDevice(Arc::clone(&shared)));
-        let placed = place.reactors.place(config.queues, info.channels_max);
+        let placed = place.reactors.place(blk.queues, info.channels_max);
         let placement = Placement { queues: placed.clone(), placed };
         let function = Self::assemble(&config.name, device, Kind::Blk { shared, limit }, placement, place);
         // All channels first: a function is made whole or not at all.
         let outlet = |_: &usize| volume.backend.open_channel().map(Outlet::Block);
         let outlets = function.used_reactors().iter().map(outlet).collect::<Result<Vec<_>, _>>();
         function.open(outlets)
-    }
-
-    /// Makes a virtio-net function on `uplink`: places its queue pairs and opens a channel for each. `limit` is its own limit, which
-    /// is also among those of `settings`.
-    ///
-    /// # Errors
-    /// When the uplink refuses.
-    pub fn net(
-        name: &str,
-        settings: NetSettings,
-        limit: Arc<Limit>,
-        uplink: &Uplink,
-        place: FunctionPlace,
-    ) -> Result<Arc<Self>, BackendError> {
-        let backend = &uplink.backend;
-        let pairs = settings.pairs;
-        let control = settings.control;
-        let shared = Arc::new(NetShared::new(settings, backend.info(), backend.carrier().is_up()));
-        let device = Arc::new(NetDevice(Arc::clone(&shared)));
-        // Both queues of a pair are on one reactor, with their channel; the control queue touches no frames, and can be anywhere.
-        let placed = place.reactors.place(pairs, usize::MAX);
-        let both = placed.iter().flat_map(|reactor| [*reactor; 2]);
-        let queues = both.chain(placed.first().copied().filter(|_| control)).collect();
-        let placement = Placement { queues, placed: placed.clone() };
-        let function = Self::assemble(name, device, Kind::Net { shared, limit }, placement, place);
-        let channels_on = |reactor: &usize| {
-            let channel = |on: &usize| (on == reactor).then(|| backend.open_channel()).transpose();
-            placed.iter().map(channel).collect::<Result<Vec<_>, _>>().map(Outlet::Net)
-        };
-        let outlets = function.used_reactors().iter().map(channels_on).collect::<Result<Vec<_>, _>>();
-        let function = function.open(outlets)?;
-        let watched = Arc::downgrade(&function);
-        backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));
-        Ok(function)
-    }
-
-    /// The uplink has come or gone. Returns whether to tell it of the next change.
-    fn carrier_changed(&self, up: bool) -> bool {
-        if let Kind::Net { shared, .. } = &self.kind
-            && shared.set_carrier_up(up)
-        {
-            tracing::info!(function = %self.name, up, "the uplink's carrier decides the link");
-            self.tell_config();
-        }
-        !self.lock().closed
     }
 
     /// The guest gets a configuration interrupt.
@@ -387,29 +308,6 @@ impl CardFunction {
         inner.features = 0;
         inner.fault = None;
         self.device.reset();
-    }
-}
-
-impl NetworkSide for NetShared {
-    fn pairs(&self) -> u16 {
-        self.pairs()
-    }
-
-    fn use_mtu(&self, mtu: u64) -> Result<(), Refusal> {
-        match u16::try_from(mtu) {
-            Ok(mtu) if (MTU_MIN..=self.mtu_max()).contains(&mtu) => {
-                self.set_mtu(mtu);
-                Ok(())
-            }
-            _ => {
-                let most = self.mtu_max();
-                Err(Refusal::Invalid(format!("an MTU of {mtu} bytes; the uplink carries {MTU_MIN} to {most}")))
-            }
-        }
-    }
-
-    fn announce(&self, address: [u8; 6]) {
-        self.announce_for(address);
     }
 }
 
