@@ -67,12 +67,14 @@ queue-pairs = {pairs}
         GuestSettings { folder, name: "guest", job: &job, arguments: &arguments, namespace: None }.boot()
     }
 
-    /// What the function counted of `what` in its queues of one way.
-    fn counted(&self, what: &str, transmit: bool) -> Vec<u64> {
-        let stats = self.card.stats();
-        let queues = stats["functions"][0]["queues"].as_array().unwrap();
+    /// What each queue of one way counted of `what`; `receive` or `transmit`.
+    fn counted(&self, what: &str, way: &str) -> Vec<u64> {
+        let stats: serde_json::Value =
+            serde_json::from_str(&self.card.command(&["stats", "--json", "--queues"])).unwrap();
+        let queues = stats["functions"].as_array().unwrap();
+        let first = usize::from(way == "transmit");
         let pairs = usize::from(self.pairs);
-        queues[..pairs * 2].iter().skip(usize::from(transmit)).step_by(2).map(|q| q[what].as_u64().unwrap()).collect()
+        queues[..pairs * 2].iter().skip(first).step_by(2).map(|queue| queue[way][what].as_u64().unwrap()).collect()
     }
 }
 
@@ -112,8 +114,8 @@ fn a_guest_talks_to_the_network() {
             assert!(report.received_bytes >= bytes, "{link}, {name}: {report:?}");
         }
         assert!(server.process().is_running());
-        let sent: u64 = lab.counted("bytes", true).iter().sum();
-        let brought: u64 = lab.counted("bytes", false).iter().sum();
+        let sent: u64 = lab.counted("bytes", "transmit").iter().sum();
+        let brought: u64 = lab.counted("bytes", "receive").iter().sum();
         assert!(sent > 14 << 20 && brought > 16 << 20, "{link}: {sent} bytes out, {brought} in");
     }
 }
@@ -132,8 +134,8 @@ fn both_queue_pairs_carry_traffic() {
             iperf3 --json -P 8 -n 16M --reverse --client {OWN} >/dev/null"
         );
         lab.boot(&job).succeed();
-        for transmit in [false, true] {
-            let packets = lab.counted("packets", transmit);
+        for way in ["receive", "transmit"] {
+            let packets = lab.counted("packets", way);
             assert!(packets.iter().all(|count| *count > 50), "{link}: {packets:?}");
         }
     }

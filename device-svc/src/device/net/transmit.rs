@@ -100,8 +100,10 @@ impl<E: DmaEngine> TransmitLane<E> {
         let row_memory = layout.take(u32::from(rows) * ROW_BYTES);
         let copies = !E::LENDS || shared.settings.copy_payload;
         let pages = copies.then(|| Pages::new(layout.take_pages(COPY_PAGES * PAGE_BYTES), COPY_PAGES));
+        let mut queue = Queue::new(start, layout, counters, report, engine)?;
+        queue.mirror.only_reads();
         Ok(Self {
-            queue: Queue::new(start, layout, counters, report, engine)?,
+            queue,
             pair,
             shared,
             rows: (0..rows).map(|_| Row::default()).collect(),
@@ -174,8 +176,8 @@ impl<E: DmaEngine> TransmitLane<E> {
         let fetched = queue.mirror.fetch(budget, |engine, chain| {
             let slot = usize::from(*popped) & mask;
             let row = &mut rows[slot];
-            if chain.writable_bytes > 0 || chain.readable_bytes < *header_bytes {
-                bad.get_or_insert(QueueFault::Request("a frame has no header, or can be written"));
+            if chain.readable_bytes < *header_bytes {
+                bad.get_or_insert(QueueFault::Request("a frame has no header"));
                 return;
             }
             let taken = take_chain(row, chain, engine, first.add(slot as u32 * ROW_BYTES));

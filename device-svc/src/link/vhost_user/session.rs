@@ -375,7 +375,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, _) = self.ring(index)?;
         let position = decode_base(base, packed).map_err(|why| self.refuse("a ring's base", why))?;
         self.halt(number);
-        self.rings[usize::from(number)].position = Some(position);
+        let known = self.rings[usize::from(number)].position.filter(|known| encode_base(*known, packed) == base);
+        self.rings[usize::from(number)].position = Some(known.unwrap_or(position));
         self.settle(number, true)
     }
 
