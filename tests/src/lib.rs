@@ -8,7 +8,7 @@ mod guest;
 mod process;
 
 pub use card::{Card, CardSettings};
-pub use guest::{boot_guest, qmp};
+pub use guest::{GuestSettings, boot_guest, boot_guest_with, qmp, qmp_until};
 pub use process::{Log, Process, wait_for, wait_for_or};
 
 use std::path::PathBuf;
@@ -45,6 +45,16 @@ pub fn rounds(default: u32, ci: u32, long: u32) -> u32 {
     } else {
         default
     }
+}
+
+/// Whether tests of several minutes shall run: only where the tests were told to run long.
+#[must_use]
+pub fn long() -> bool {
+    let long = std::env::var_os("DRAY_TEST_LONG").is_some();
+    if !long {
+        eprintln!("skipped: it takes minutes, and runs with tests/run --long");
+    }
+    long
 }
 
 /// A built program.
