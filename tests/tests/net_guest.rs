@@ -63,8 +63,7 @@ queue-pairs = {pairs}
             "vfio-user" => vec!["-device", &vfio, "-smp", "2"],
             _ => vec!["-chardev", &chardev, "-netdev", &netdev, "-device", &device, "-smp", "2"],
         };
-        let folder = self.card.folder();
-        GuestSettings { folder, name: "guest", job: &job, arguments: &arguments, namespace: None }.boot()
+        GuestSettings::new(self.card.folder(), &job, &arguments).boot()
     }
 
     /// What each queue of one way counted of `what`; `receive` or `transmit`.
