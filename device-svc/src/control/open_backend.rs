@@ -7,10 +7,11 @@ use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
 use crate::backend::net::NetBackend;
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
+use crate::backend::net::tap::{TapBackend, TapSettings};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
-use crate::config::{BackendConfig, NbdConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig};
+use crate::config::{BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig};
 
 /// Opens the storage of `config`.
 ///
@@ -58,6 +59,9 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
     match &config.backend {
         UplinkBackendConfig::Null => Ok(Arc::new(NullNet::new())),
         UplinkBackendConfig::Loopback => Ok(Arc::new(LoopbackBackend::new())),
-        UplinkBackendConfig::Tap(_) => Err(BackendError::Refused("a network of type tap is not served yet".to_owned())),
+        UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
+            let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
+            Ok(Arc::new(TapBackend::new(settings)?))
+        }
     }
 }
