@@ -20,9 +20,12 @@ const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 /// `VHOST_USER_NEED_REPLY_MASK`.
 const NEED_REPLY: u32 = 1 << 3;
 
-/// What a network function is told, by messages that the `vhost` crate does not know.
+/// What a network function is told, by messages that the `vhost` crate does not know, or would not take when they come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum NetMessage {
+    /// `VHOST_USER_SET_VRING_ENABLE`: a ring's number, and whether it is. QEMU enables a network function's rings before it has
+    /// accepted any feature, which the crate takes for a breach of the protocol.
+    Enable(u32, bool),
     /// `VHOST_USER_SEND_RARP`: the address that the VM has.
     Announce([u8; 6]),
     /// `VHOST_USER_NET_SET_MTU`: what the driver was told, bytes.
@@ -30,16 +33,19 @@ pub(super) enum NetMessage {
 }
 
 impl NetMessage {
+    const SET_VRING_ENABLE: u32 = 18;
     const SEND_RARP: u32 = 19;
     const SET_MTU: u32 = 20;
-    /// Each carries one number.
+    /// Each carries one number of 64 bits, or two of 32.
     const BODY_BYTES: usize = 8;
     /// Of a reply: version 1, and that it is one.
     const REPLY: u32 = 0b101;
 
     /// Takes such a message off the stream, if the next one is: then the crate does not see it.
     fn take(stream: &UnixStream, request: u32, bytes: u32) -> Option<Self> {
-        if !matches!(request, Self::SEND_RARP | Self::SET_MTU) || bytes as usize != Self::BODY_BYTES {
+        if !matches!(request, Self::SET_VRING_ENABLE | Self::SEND_RARP | Self::SET_MTU)
+            || bytes as usize != Self::BODY_BYTES
+        {
             return None;
         }
         let mut whole = [0; HEADER_BYTES + Self::BODY_BYTES];
@@ -49,6 +55,10 @@ impl NetMessage {
         let body = *whole.last_chunk::<{ Self::BODY_BYTES }>()?;
         Some(match request {
             Self::SET_MTU => Self::Mtu(u64::from_ne_bytes(body)),
+            Self::SET_VRING_ENABLE => {
+                let [[a, b, c, d], [e, f, g, h]] = body.as_chunks::<4>().0.try_into().ok()?;
+                Self::Enable(u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]) != 0)
+            }
             _ => Self::Announce(*body.first_chunk()?),
         })
     }
@@ -56,6 +66,7 @@ impl NetMessage {
     /// Answers it, where an answer is wanted.
     pub(super) fn answer(self, stream: &UnixStream, done: bool) -> nix::Result<()> {
         let request = match self {
+            Self::Enable(..) => Self::SET_VRING_ENABLE,
             Self::Announce(_) => Self::SEND_RARP,
             Self::Mtu(_) => Self::SET_MTU,
         };

@@ -24,7 +24,7 @@ use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{CardAddress, FrontEndAddress, Iova};
 use crate::dma::{CardMemory, CopyEngine, DmaEngine, HostMemory};
 use crate::link::event::Event;
-use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart};
+use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart};
 use crate::virtqueue::features;
 
 /// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
@@ -101,29 +101,22 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
         let next = peeked.as_ref().map(|stream| Peeked::wait_for(stream, network.is_some())).unwrap_or_default();
-        if let (Some(message), Some(network), Ok(stream)) = (next.net, network, &peeked) {
-            let done = match message {
-                NetMessage::Announce(address) => {
-                    network.announce(address);
-                    true
-                }
-                NetMessage::Mtu(mtu) => match network.use_mtu(mtu) {
-                    Ok(()) => true,
-                    Err(why) => {
-                        session.lock().unwrap_or_else(PoisonError::into_inner).refuse("an MTU", why);
-                        false
-                    }
-                },
-            };
-            let wants_reply = next.wants_reply && session.lock().unwrap_or_else(PoisonError::into_inner).replies;
-            // A front end that is gone is noticed with the next message.
-            let _ = if wants_reply { message.answer(stream, done) } else { Ok(()) };
-            continue;
-        }
         if let Some(channel) = next.channel {
             *events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
         }
-        match requests.handle_request() {
+        let handled = match (next.net, network, &peeked) {
+            (Some(message), Some(network), Ok(stream)) => {
+                let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+                let done = session.hear(message, network);
+                if next.wants_reply && session.replies {
+                    // A front end that is gone is noticed with the next message.
+                    let _ = message.answer(stream, done.is_ok());
+                }
+                done
+            }
+            _ => requests.handle_request(),
+        };
+        match handled {
             Ok(()) => {}
             Err(Error::ReqHandlerError(why)) if why.kind() == GUEST_FAULT => {}
             Err(Error::ReqHandlerError(_))
@@ -234,6 +227,18 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Does what a network function is told.
+    fn hear(&mut self, message: NetMessage, network: &dyn NetworkSide) -> Result<()> {
+        match message {
+            NetMessage::Enable(index, enable) => self.set_vring_enable(index, enable),
+            NetMessage::Announce(address) => {
+                network.announce(address);
+                Ok(())
+            }
+            NetMessage::Mtu(mtu) => network.use_mtu(mtu).map_err(|why| self.refuse("an MTU", why)),
+        }
     }
 
     fn forget(&mut self) {
