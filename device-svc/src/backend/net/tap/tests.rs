@@ -118,7 +118,7 @@ fn until(mut done: impl FnMut() -> bool) {
 /// A frame with a number in it.
 fn frame(number: usize, bytes: usize) -> Vec<u8> {
     let mut frame = vec![0x5a; bytes];
-    frame[..12].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1]);
+    frame[..12].copy_from_slice(&[2, 0, 0, 0, 0, 0x77, 2, 0, 0, 0, 0, 1]);
     frame[12..14].copy_from_slice(&EXPERIMENT.to_be_bytes());
     frame[14..18].copy_from_slice(&(number as u32).to_le_bytes());
     frame
@@ -508,10 +508,10 @@ fn two_queues_share_what_comes() {
 fn frames_that_find_no_room_are_given_again() {
     let Some(bed) = Bed::new() else { return };
     let tap = bed.tap();
-    // A bridge to a slow link: what waits there is still the queue's.
+    // A bridge to a slow link: what waits there still counts as the queue's (but a broadcast would be copied).
     for line in [
         "link add slow0 type veth peer name slow1",
-        "link add bridge0 type bridge",
+        "link add bridge0 type bridge forward_delay 0",
         "link set slow0 master bridge0",
         "link set dray0 master bridge0",
         "link set slow1 up",
