@@ -3,17 +3,18 @@
 #![expect(unsafe_code, reason = "lends frames to a channel, and sets options of sockets")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bed;
+
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socket};
+use nix::sys::socket::{MsgFlags, recv, send};
 
-use super::super::namespace::{InterfaceName, Namespace};
+use self::bed::{Bed, until};
+use super::super::namespace::InterfaceName;
 use super::super::{
     BURST, Checksum, NetBackend, NetChannel, NetHeader, Offloads, Outgoing, Segmentation, SegmentationKind, Sent,
 };
@@ -24,96 +25,6 @@ const TAP: &str = "dray0";
 /// An EtherType for experiments: nobody in the kernel answers.
 const EXPERIMENT: u16 = 0x88b5;
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A network namespace that goes with it.
-struct Bed {
-    name: String,
-    namespace: Namespace,
-}
-
-impl Bed {
-    /// `None` where the test cannot run.
-    fn new() -> Option<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let usable = nix::unistd::geteuid().is_root()
-            && std::fs::File::open("/dev/net/tun").is_ok()
-            && io_uring::IoUring::new(2).is_ok();
-        if !usable {
-            eprintln!("skipped: taps need root, /dev/net/tun and io_uring");
-            return None;
-        }
-        let name = format!("dray-tap-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        ip(&["netns", "add", &name]);
-        // Nobody but the test speaks: no router solicitation.
-        ip(&["netns", "exec", &name, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]);
-        Some(Self { namespace: Namespace::open(Some(&name)).unwrap(), name })
-    }
-
-    fn ip(&self, arguments: &[&str]) {
-        ip(&[&["-n", &self.name], arguments].concat());
-    }
-
-    fn try_tap(&self, name: &str, mtu: Option<u16>) -> Result<TapBackend, BackendError> {
-        TapBackend::new(TapSettings { name: name.to_owned(), netns: Some(self.name.clone()), mtu })
-    }
-
-    fn tap(&self) -> TapBackend {
-        self.try_tap(TAP, None).unwrap()
-    }
-
-    fn there(&self) -> bool {
-        self.namespace.index(&InterfaceName::new(TAP).unwrap()).is_some()
-    }
-
-    /// A packet socket on an interface; with virtio-net headers or without.
-    fn packets(&self, interface: &str, headers: bool) -> OwnedFd {
-        let index = self.namespace.index(&InterfaceName::new(interface).unwrap()).unwrap();
-        let open =
-            || socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None);
-        let packets = self.namespace.run(open).unwrap().unwrap();
-        let set = |option: libc::c_int, value: libc::c_int| {
-            // SAFETY: the option is an `int`.
-            Errno::result(unsafe {
-                libc::setsockopt(packets.as_raw_fd(), libc::SOL_PACKET, option, (&raw const value).cast(), 4)
-            })
-            .unwrap();
-        };
-        set(libc::PACKET_IGNORE_OUTGOING, 1);
-        if headers {
-            set(libc::PACKET_VNET_HDR, 1);
-        }
-        // SAFETY: an address is plain data, and as long as said.
-        unsafe {
-            let mut address: libc::sockaddr_ll = std::mem::zeroed();
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-            address.sll_ifindex = index;
-            let length = size_of_val(&address) as libc::socklen_t;
-            Errno::result(libc::bind(packets.as_raw_fd(), (&raw const address).cast(), length)).unwrap();
-        }
-        packets
-    }
-}
-
-impl Drop for Bed {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
-    }
-}
-
-fn ip(arguments: &[&str]) {
-    let done = Command::new("ip").args(arguments).output().unwrap();
-    assert!(done.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
-}
-
-#[track_caller]
-fn until(mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
 
 /// A frame with a number in it.
 fn frame(number: usize, bytes: usize) -> Vec<u8> {
@@ -531,11 +442,7 @@ fn frames_that_find_no_room_are_given_again() {
     ] {
         bed.ip(&line.split(' ').collect::<Vec<_>>());
     }
-    let shaped = Command::new("tc")
-        .args(["-n", &bed.name])
-        .args("qdisc add dev slow0 root tbf rate 400kbit burst 2kb limit 1mb".split(' '))
-        .status();
-    if !shaped.is_ok_and(|status| status.success()) {
+    if !bed.tc("qdisc add dev slow0 root tbf rate 400kbit burst 2kb limit 1mb") {
         eprintln!("skipped: no tc with tbf here");
         return;
     }
