@@ -24,7 +24,6 @@ use super::super::{BackendError, BlockChannel, BlockFault, BlockOperation, Block
 use super::RING_USER;
 use super::bounce::{self, Bounce, PART_BYTES};
 use super::open::{DirectAlignment, OpenFile};
-
 use crate::clock::Moment;
 
 /// Requests under way at a time: enough for a fast disk, few enough that slab and ring stay under 64 KiB.

@@ -238,6 +238,10 @@ impl Device {
     fn find(&self, state: &mut State) -> (bool, bool) {
         let index = self.namespace().index(&self.name);
         if index.is_some() && index == state.made.index {
+            // Whoever makes a tap makes it stay a moment later: here we may have been quicker.
+            if let Ok(persistent) = device::is_persistent(&state.made.holder.file) {
+                state.made.holder.persistent = persistent;
+            }
             return (self.namespace().is_up(&self.name).unwrap_or(false), false);
         }
         let ours = !state.made.holder.persistent;
@@ -258,7 +262,7 @@ impl Device {
                 tracing::info!(tap = %self.name, "the tap{} is there again", self.namespace().describe());
                 state.gone_since = None;
                 state.said = false;
-                (self.namespace().is_up(&self.name).unwrap_or(false), false)
+                (self.namespace().is_up(&self.name).unwrap_or(false), true)
             }
             Err(error) => {
                 if !std::mem::replace(&mut state.said, true) {

@@ -27,8 +27,9 @@ pub(super) trait Watched: Send + Sync {
     fn look(&self) -> bool;
 }
 
-/// The threads that run, each with what tells its namespace from others.
-static WATCHES: Mutex<Vec<((u64, u64), Weak<Watch>)>> = Mutex::new(Vec::new());
+/// A thread that runs, and what tells its namespace from others.
+type Known = ((u64, u64), Weak<Watch>);
+static WATCHES: Mutex<Vec<Known>> = Mutex::new(Vec::new());
 
 type Users = Mutex<Vec<Weak<dyn Watched>>>;
 

@@ -30,7 +30,7 @@ pub(super) fn open_queue(namespace: &Namespace, name: &InterfaceName) -> Result<
     let file: OwnedFd = opened.map_err(|error| explain_open(&error))?.into();
     let mut request = name.request();
     request.ifr_ifru.ifru_flags = FLAGS as libc::c_short;
-    // SAFETY: this and the next read and write an `ifreq`.
+    // SAFETY: the call reads and writes an `ifreq`.
     Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })
         .map_err(|errno| explain_queue(namespace, name, errno))?;
     let failed = |what: &'static str| {
@@ -39,15 +39,33 @@ pub(super) fn open_queue(namespace: &Namespace, name: &InterfaceName) -> Result<
         }
     };
     attach(&file, false).map_err(failed("to detach a queue"))?;
-    // SAFETY: as above.
-    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) })
-        .map_err(failed("to ask for its flags"))?;
-    // SAFETY: the kernel has filled this member.
-    let persistent = i32::from(unsafe { request.ifr_ifru.ifru_flags }) & libc::IFF_PERSIST != 0;
+    let flags = flags(&file).map_err(failed("to ask for its flags"))?;
+    // Of several that have a tap open, the first one has said whether frames have headers; the others were not listened to.
+    if flags & libc::IFF_VNET_HDR == 0 {
+        return Err(BackendError::Unavailable(format!(
+            "the tap {name}{} is in use by a program that reads its frames without headers: end that program",
+            namespace.describe()
+        )));
+    }
+    let persistent = flags & libc::IFF_PERSIST != 0;
     set(&file, libc::TUNSETVNETHDRSZ as _, HEADER_BYTES as i32).map_err(failed("to set the length of its header"))?;
     // Both say how frames' headers are read from here on: as virtio 1 has them, little-endian.
     set(&file, libc::TUNSETVNETLE as _, 1).map_err(failed("to set the order of bytes in its header"))?;
     Ok(QueueFile { file, persistent })
+}
+
+/// Whether a tap stays when nobody has it open.
+pub(super) fn is_persistent(file: &OwnedFd) -> Result<bool, Errno> {
+    Ok(flags(file)? & libc::IFF_PERSIST != 0)
+}
+
+fn flags(file: &OwnedFd) -> Result<i32, Errno> {
+    // SAFETY: an `ifreq` is plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes an `ifreq`.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) })?;
+    // SAFETY: the kernel has filled this member.
+    Ok(i32::from(unsafe { request.ifr_ifru.ifru_flags }))
 }
 
 /// Has frames come to a queue, or not: then what waits in it is thrown away.

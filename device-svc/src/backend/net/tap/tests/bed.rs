@@ -1,0 +1,111 @@
+//! Where taps are tried: a network namespace of the test's own.
+#![expect(unsafe_code, reason = "sets options of sockets")]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use super::super::super::namespace::{InterfaceName, Namespace};
+use super::super::{TapBackend, TapSettings};
+use super::{PATIENCE, TAP};
+use crate::backend::BackendError;
+
+/// A network namespace that goes with it.
+pub(super) struct Bed {
+    name: String,
+    pub(super) namespace: Namespace,
+}
+
+impl Bed {
+    /// `None` where the test cannot run.
+    pub(super) fn new() -> Option<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let usable = nix::unistd::geteuid().is_root()
+            && std::fs::File::open("/dev/net/tun").is_ok()
+            && io_uring::IoUring::new(2).is_ok();
+        if !usable {
+            eprintln!("skipped: taps need root, /dev/net/tun and io_uring");
+            return None;
+        }
+        let name = format!("dray-tap-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        ip(&["netns", "add", &name]);
+        // Nobody but the test speaks: no router solicitation.
+        ip(&["netns", "exec", &name, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]);
+        Some(Self { namespace: Namespace::open(Some(&name)).unwrap(), name })
+    }
+
+    pub(super) fn ip(&self, arguments: &[&str]) {
+        ip(&[&["-n", &self.name], arguments].concat());
+    }
+
+    pub(super) fn try_tap(&self, name: &str, mtu: Option<u16>) -> Result<TapBackend, BackendError> {
+        TapBackend::new(TapSettings { name: name.to_owned(), netns: Some(self.name.clone()), mtu })
+    }
+
+    pub(super) fn tap(&self) -> TapBackend {
+        self.try_tap(TAP, None).unwrap()
+    }
+
+    /// Runs `tc`. Returns whether that went well.
+    pub(super) fn tc(&self, arguments: &str) -> bool {
+        let status = Command::new("tc").args(["-n", &self.name]).args(arguments.split(' ')).status();
+        status.is_ok_and(|status| status.success())
+    }
+
+    pub(super) fn there(&self) -> bool {
+        self.namespace.index(&InterfaceName::new(TAP).unwrap()).is_some()
+    }
+
+    /// A packet socket on an interface; with virtio-net headers or without.
+    pub(super) fn packets(&self, interface: &str, headers: bool) -> OwnedFd {
+        let index = self.namespace.index(&InterfaceName::new(interface).unwrap()).unwrap();
+        let open =
+            || socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None);
+        let packets = self.namespace.run(open).unwrap().unwrap();
+        let set = |option: libc::c_int, value: libc::c_int| {
+            // SAFETY: the option is an `int`.
+            Errno::result(unsafe {
+                libc::setsockopt(packets.as_raw_fd(), libc::SOL_PACKET, option, (&raw const value).cast(), 4)
+            })
+            .unwrap();
+        };
+        set(libc::PACKET_IGNORE_OUTGOING, 1);
+        if headers {
+            set(libc::PACKET_VNET_HDR, 1);
+        }
+        // SAFETY: an address is plain data, and as long as said.
+        unsafe {
+            let mut address: libc::sockaddr_ll = std::mem::zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+            address.sll_ifindex = index;
+            let length = size_of_val(&address) as libc::socklen_t;
+            Errno::result(libc::bind(packets.as_raw_fd(), (&raw const address).cast(), length)).unwrap();
+        }
+        packets
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let done = Command::new("ip").args(arguments).output().unwrap();
+    assert!(done.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[track_caller]
+pub(super) fn until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
