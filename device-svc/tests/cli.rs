@@ -179,7 +179,7 @@ fn what_is_set_and_what_is_not() {
 }
 
 #[test]
-fn uplinks_that_are_not_there() {
+fn uplinks_come_and_go() {
     let served = Served::start(&[], &[]);
     let ask = |arguments: &[&str]| said(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
     let no = |arguments: &[&str]| refused(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
@@ -204,6 +204,19 @@ fn uplinks_that_are_not_there() {
         "uplink \"u\": backend: `name` is missing; add `name = \"dray0\"`, the interface"
     );
     assert!(!served.path().join("n.sock").exists());
+
+    let create = ["uplink", "create", "--name", "u", "--backend", "loopback"];
+    assert_eq!(ask(&create), "uplink u created: loopback, carrier up, mtu up to 65535\n");
+    assert!(ask(&create).starts_with("uplink u is there already with these settings: loopback"));
+    assert_eq!(
+        no(&["uplink", "create", "--name", "u", "--backend", "null"]),
+        "uplink \"u\": `backend`: it exists with another value; delete it first, or ask for the settings that it has"
+    );
+    let shown: serde_json::Value = serde_json::from_str(&ask(&["uplink", "show", "u", "--json"])).unwrap();
+    assert_eq!(shown["backend"], serde_json::json!({ "type": "loopback" }));
+    assert_eq!((&shown["carrier"], &shown["functions-max"]), (&true.into(), &serde_json::Value::Null));
+    assert!(ask(&["uplink", "show", "u"]).contains("functions-max    no limit\n"));
+    assert_eq!(ask(&["uplink", "delete", "u"]), "uplink u deleted\n");
     served.end(Signal::SIGTERM);
 }
 

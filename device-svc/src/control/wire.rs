@@ -357,8 +357,8 @@ pub(super) fn function_message(state: FunctionState) -> v1::Function {
         ..v1::Function::default()
     };
     match state.backing {
-        BackingState::Volume { config, size_bytes } => {
-            v1::Function { volume_uuid: config.uuid.to_string(), serial: config.serial_text(), size_bytes, ..function }
+        BackingState::Volume { uuid, serial, size_bytes } => {
+            v1::Function { volume_uuid: uuid.to_string(), serial, size_bytes, ..function }
         }
         BackingState::Uplink { link } => v1::Function { link_state: Some(link_state(link)), ..function },
     }
@@ -377,8 +377,8 @@ pub(super) fn function_view(state: FunctionState) -> v1::FunctionView {
         ..v1::FunctionView::default()
     };
     match state.backing {
-        BackingState::Volume { config, size_bytes } => {
-            v1::FunctionView { volume_uuid: config.uuid.to_string(), serial: config.serial_text(), size_bytes, ..view }
+        BackingState::Volume { uuid, serial, size_bytes } => {
+            v1::FunctionView { volume_uuid: uuid.to_string(), serial, size_bytes, ..view }
         }
         BackingState::Uplink { link } => v1::FunctionView { link_state: Some(link_state(link)), ..view },
     }

@@ -163,3 +163,6 @@ impl Flow {
 fn less(now: &mut u64, before: u64) {
     *now = now.saturating_sub(before);
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::{FunctionEntry, Inventory, InventoryError, Tables, VolumeEntry, exists, names, same_or_exists};
 use crate::backend::BlockInfo;
-use crate::config::{BlkConfig, DeviceConfig, FunctionConfig, LimitConfig, NetChange, NetConfig, VolumeConfig};
+use crate::config::{BlkConfig, DeviceConfig, FunctionConfig, LimitConfig, NetChange, NetConfig};
 use crate::control::seam::{Backing, SetError, Standing, StartError};
 use crate::control::standing::{LinkState, StandingSink};
 use crate::metrics::QueueCounters;
@@ -26,8 +28,10 @@ pub struct FunctionState {
 pub enum BackingState {
     /// A disk's volume.
     Volume {
-        /// Its settings.
-        config: VolumeConfig,
+        /// Its identity.
+        uuid: Uuid,
+        /// What the guest sees as the disk's serial.
+        serial: String,
         /// Its size, bytes.
         size_bytes: u64,
     },
@@ -183,7 +187,11 @@ impl Tables {
         let backing = match &entry.config.device {
             DeviceConfig::Blk(blk) => {
                 let VolumeEntry { config, volume } = self.volume(&blk.volume)?;
-                BackingState::Volume { config: config.clone(), size_bytes: volume.info().size_bytes }
+                BackingState::Volume {
+                    uuid: config.uuid,
+                    serial: config.serial_text(),
+                    size_bytes: volume.info().size_bytes,
+                }
             }
             DeviceConfig::Net(_) => BackingState::Uplink { link: entry.sink.link_state() },
         };
@@ -219,10 +227,9 @@ impl Tables {
 
     /// Whether a function can be beside the others; `shared` says whether several may have its volume.
     fn check_beside(&self, place: &str, config: &FunctionConfig, shared: bool) -> Result<(), InventoryError> {
-        let others = self.functions.values().filter(|other| other.config.name != config.name);
+        let mut others = self.functions.values().filter(|other| other.config.name != config.name);
         others
-            .map(|other| config.check_beside(&other.config, shared))
-            .collect::<Result<(), _>>()
+            .try_for_each(|other| config.check_beside(&other.config, shared))
             .map_err(|(key, message)| exists(place, key, &message))
     }
 

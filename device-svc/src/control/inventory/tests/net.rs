@@ -21,7 +21,7 @@ fn with_net(from: &FunctionConfig, change: impl FnOnce(&mut NetConfig)) -> Funct
 fn link(inventory: &Inventory, function: &str) -> LinkState {
     match inventory.function(function).unwrap().backing {
         BackingState::Uplink { link } => link,
-        BackingState::Volume { config, .. } => panic!("{function} is on {config:?}"),
+        BackingState::Volume { uuid, .. } => panic!("{function} is on volume {uuid}"),
     }
 }
 
