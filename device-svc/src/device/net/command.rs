@@ -58,28 +58,20 @@ impl Command {
         let negotiated = |bit: u32| if accepted >> bit & 1 == 1 { Ok(()) } else { Err(BadCommand) };
         match u32::from(class) {
             spec::VIRTIO_NET_CTRL_RX => {
-                let all = |on: bool, which: Which| if on { which } else { Which::Named };
-                let (needed, made): (u32, fn(bool, &dyn Fn(bool, Which) -> Which) -> Self) = match u32::from(command) {
-                    spec::VIRTIO_NET_CTRL_RX_PROMISC => (spec::VIRTIO_NET_F_CTRL_RX, |on, _| Self::Promiscuous(on)),
-                    spec::VIRTIO_NET_CTRL_RX_ALLMULTI => {
-                        (spec::VIRTIO_NET_F_CTRL_RX, |on, all| Self::Multicast(all(on, Which::All)))
-                    }
-                    spec::VIRTIO_NET_CTRL_RX_ALLUNI => {
-                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Unicast(all(on, Which::All)))
-                    }
-                    spec::VIRTIO_NET_CTRL_RX_NOMULTI => {
-                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Multicast(all(on, Which::None)))
-                    }
-                    spec::VIRTIO_NET_CTRL_RX_NOUNI => {
-                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Unicast(all(on, Which::None)))
-                    }
-                    spec::VIRTIO_NET_CTRL_RX_NOBCAST => {
-                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, _| Self::Broadcast(!on))
-                    }
+                let command = u32::from(command);
+                let extra = command > spec::VIRTIO_NET_CTRL_RX_ALLMULTI;
+                negotiated(if extra { spec::VIRTIO_NET_F_CTRL_RX_EXTRA } else { spec::VIRTIO_NET_F_CTRL_RX })?;
+                let on = on_or_off(data)?;
+                let or_named = |which: Which| if on { which } else { Which::Named };
+                Ok(match command {
+                    spec::VIRTIO_NET_CTRL_RX_PROMISC => Self::Promiscuous(on),
+                    spec::VIRTIO_NET_CTRL_RX_ALLMULTI => Self::Multicast(or_named(Which::All)),
+                    spec::VIRTIO_NET_CTRL_RX_ALLUNI => Self::Unicast(or_named(Which::All)),
+                    spec::VIRTIO_NET_CTRL_RX_NOMULTI => Self::Multicast(or_named(Which::None)),
+                    spec::VIRTIO_NET_CTRL_RX_NOUNI => Self::Unicast(or_named(Which::None)),
+                    spec::VIRTIO_NET_CTRL_RX_NOBCAST => Self::Broadcast(!on),
                     _ => return Err(BadCommand),
-                };
-                negotiated(needed)?;
-                Ok(made(on_or_off(data)?, &all))
+                })
             }
             spec::VIRTIO_NET_CTRL_MAC => match u32::from(command) {
                 spec::VIRTIO_NET_CTRL_MAC_TABLE_SET => {

@@ -104,13 +104,13 @@ struct ConfigSpace {
     hash_types: u32,
 }
 
-/// Features that go with an offload, when the card takes frames from the driver.
-const TRANSMIT_FEATURES: [(u32, fn(&Offloads) -> bool); 5] = [
-    (spec::VIRTIO_NET_F_CSUM, |offloads| offloads.checksum),
-    (spec::VIRTIO_NET_F_HOST_TSO4, |offloads| offloads.tso4),
-    (spec::VIRTIO_NET_F_HOST_TSO6, |offloads| offloads.tso6),
-    (spec::VIRTIO_NET_F_HOST_ECN, |offloads| offloads.ecn),
-    (spec::VIRTIO_NET_F_HOST_USO, |offloads| offloads.uso),
+/// Features that go with the offloads when the card takes frames from the driver: checksum, TSO 4 and 6, ECN, USO.
+const TRANSMIT_FEATURES: [u32; 5] = [
+    spec::VIRTIO_NET_F_CSUM,
+    spec::VIRTIO_NET_F_HOST_TSO4,
+    spec::VIRTIO_NET_F_HOST_TSO6,
+    spec::VIRTIO_NET_F_HOST_ECN,
+    spec::VIRTIO_NET_F_HOST_USO,
 ];
 
 fn offloads_of(features: u64, bits: [u32; 5]) -> Offloads {
@@ -121,7 +121,7 @@ fn offloads_of(features: u64, bits: [u32; 5]) -> Offloads {
 
 /// What the driver may leave undone.
 fn transmit_offloads(features: u64) -> Offloads {
-    offloads_of(features, TRANSMIT_FEATURES.map(|(bit, _)| bit))
+    offloads_of(features, TRANSMIT_FEATURES)
 }
 
 /// What may be left undone for the driver, unless it chooses less.
@@ -361,10 +361,9 @@ impl NetShared {
         if pairs > 1 {
             bits |= 1 << spec::VIRTIO_NET_F_MQ;
         }
-        bits |= TRANSMIT_FEATURES
-            .iter()
-            .filter(|(_, has)| has(&self.uplink.transmit))
-            .fold(0, |all, (bit, _)| all | 1 << bit);
+        let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.transmit;
+        let transmit = TRANSMIT_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
+        bits |= transmit.filter(|(_, offered)| *offered).fold(0, |all, (bit, _)| all | 1 << bit);
         let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.receive;
         let receive = [
             (checksum, 1 << spec::VIRTIO_NET_F_GUEST_CSUM),

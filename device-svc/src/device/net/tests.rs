@@ -68,7 +68,7 @@ impl Shape {
         };
         Self {
             settings,
-            wanted: u64::MAX & !features::RING_PACKED,
+            wanted: !features::RING_PACKED,
             size: 64,
             indirect: false,
             buffer_bytes: 2048,

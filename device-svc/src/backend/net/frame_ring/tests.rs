@@ -1,3 +1,5 @@
+//! A ring of frames, filled and emptied at random.
+
 use super::*;
 use crate::backend::Segments;
 

@@ -1,3 +1,6 @@
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+//! Headers of frames, good and bad.
+
 use super::*;
 
 const NEEDS: u8 = spec::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
