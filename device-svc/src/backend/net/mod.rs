@@ -15,6 +15,7 @@ pub mod header;
 mod incoming;
 pub mod loopback;
 pub mod null;
+pub mod offload;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
