@@ -52,11 +52,13 @@ proptest! {
         let inside = at + 2 <= bytes.len();
         prop_assert_eq!(complete(&mut bytes, start, offset), inside);
         if inside {
-            // The sum that was there stood for a header that is not part of the frame: with it added, all is as it should be.
-            let whole = if (at - from) % 2 == 0 { before[at..at + 2].to_vec() } else { vec![0, before[at], before[at + 1], 0] };
-            let sum = Sum::default().add(&bytes[from..]);
-            let sum = if bytes[from..].len() % 2 == 1 { sum.add(&[0]) } else { sum };
-            prop_assert_eq!(sum.add(&whole).checksum_not_zero(), [0xff, 0xff]);
+            // The sum that was there stood for a header that is not part of the frame: with it added, all is as it should be. At an odd
+            // offset no protocol has a checksum, and no sum comes out.
+            if offset % 2 == 0 {
+                let counted = bytes[from..].to_vec();
+                let sum = Sum::default().add(&counted).add(&vec![0; counted.len() % 2]).add(&before[at..at + 2]);
+                prop_assert_eq!(sum.checksum_not_zero(), [0xff, 0xff]);
+            }
             bytes[at..at + 2].copy_from_slice(&before[at..at + 2]);
         }
         prop_assert_eq!(bytes, before);
