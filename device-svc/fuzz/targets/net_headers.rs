@@ -62,7 +62,7 @@ fn check_network(headers: &[u8], transport_at: usize, payload_bytes: usize) {
     let number = |at: usize| usize::from(u16::from_be_bytes([headers[at], headers[at + 1]]));
     if headers[at] >> 4 == 4 {
         assert_eq!(number(at + 2), headers.len() - at + payload_bytes);
-        assert_eq!(Sum::default().add(&headers[at..transport_at]).checksum(), [0, 0]);
+        assert_eq!(Sum::default().over(&headers[at..transport_at]).checksum(), [0, 0]);
     } else {
         assert_eq!(number(at + 4), headers.len() - at - 40 + payload_bytes);
     }

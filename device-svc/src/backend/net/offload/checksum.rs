@@ -15,7 +15,7 @@ impl Sum {
     /// Adds bytes that stand behind those added before.
     #[inline]
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Self {
+    pub fn over(self, bytes: &[u8]) -> Self {
         let part = fold(words(bytes));
         // A part that begins in the middle of a word has its bytes the other way round.
         let part = if self.odd { part.swap_bytes() } else { part };
@@ -72,7 +72,7 @@ const fn fold(mut sum: u64) -> u16 {
 #[must_use]
 pub fn complete(frame: &mut [u8], start: u16, offset: u16) -> bool {
     let Some(counted) = frame.get_mut(usize::from(start)..) else { return false };
-    let checksum = Sum::default().add(counted).checksum_not_zero();
+    let checksum = Sum::default().over(counted).checksum_not_zero();
     let at = usize::from(offset);
     let Some(place) = counted.get_mut(at..at + 2) else { return false };
     place.copy_from_slice(&checksum);

@@ -259,8 +259,8 @@ impl Cut {
         };
         let [high, low] = transport_bytes.to_be_bytes();
         // Of the pseudo-headers of IPv4 and IPv6 all that is not 0: the sum is the same.
-        let pseudo = Sum::default().add(addresses).add(&[0, self.transport.protocol(), high, low]);
-        let sum = pseudo.add(transport).add(payload);
+        let pseudo = Sum::default().over(addresses).over(&[0, self.transport.protocol(), high, low]);
+        let sum = pseudo.over(transport).over(payload);
         let checksum = if self.transport == Transport::Udp { sum.checksum_not_zero() } else { sum.checksum() };
         transport[checksum_at..checksum_at + 2].copy_from_slice(&checksum);
         Some(place)
@@ -273,7 +273,7 @@ impl Cut {
                 let identification = u16::from_be_bytes([network[4], network[5]]);
                 put(network, 4, identification.wrapping_add(number as u16));
                 put(network, 10, 0);
-                let checksum = Sum::default().add(network).checksum();
+                let checksum = Sum::default().over(network).checksum();
                 network[10..12].copy_from_slice(&checksum);
             }
             Version::Six => put(network, 4, (network.len() - IPV6_BYTES) as u16 + transport_bytes),

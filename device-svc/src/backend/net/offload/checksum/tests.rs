@@ -14,7 +14,7 @@ fn plainly(bytes: &[u8]) -> [u8; 2] {
 
 #[test]
 fn the_example_of_the_rfc() {
-    let sum = Sum::default().add(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
+    let sum = Sum::default().over(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
     assert_eq!(sum.checksum(), (!0xddf2u16).to_be_bytes());
 }
 
@@ -22,7 +22,7 @@ fn the_example_of_the_rfc() {
 fn nothing_and_all_ones() {
     assert_eq!(Sum::default().checksum(), [0xff, 0xff]);
     for length in [2, 40, 65534] {
-        let sum = Sum::default().add(&vec![0xff; length]);
+        let sum = Sum::default().over(&vec![0xff; length]);
         assert_eq!((sum.checksum(), sum.checksum_not_zero()), ([0, 0], [0xff, 0xff]));
     }
 }
@@ -35,7 +35,7 @@ proptest! {
         cuts.push(bytes.len());
         let (mut sum, mut from) = (Sum::default(), 0);
         for to in cuts {
-            sum = sum.add(&bytes[from..to]);
+            sum = sum.over(&bytes[from..to]);
             from = to;
         }
         prop_assert_eq!(sum.checksum(), plainly(&bytes));
@@ -56,7 +56,7 @@ proptest! {
             // offset no protocol has a checksum, and no sum comes out.
             if offset % 2 == 0 {
                 let counted = bytes[from..].to_vec();
-                let sum = Sum::default().add(&counted).add(&vec![0; counted.len() % 2]).add(&before[at..at + 2]);
+                let sum = Sum::default().over(&counted).over(&vec![0; counted.len() % 2]).over(&before[at..at + 2]);
                 prop_assert_eq!(sum.checksum_not_zero(), [0xff, 0xff]);
             }
             bytes[at..at + 2].copy_from_slice(&before[at..at + 2]);
