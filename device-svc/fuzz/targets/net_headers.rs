@@ -1,6 +1,7 @@
 //! A virtio header and a frame, both of any bytes: what is accepted can be completed or cut, what comes of it is whole, and the same
 //! comes out of a channel that does it on the way.
 #![no_main]
+#![expect(unsafe_code, reason = "gives a channel the addresses of a frame")]
 
 use std::sync::Arc;
 
