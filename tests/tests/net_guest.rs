@@ -99,8 +99,10 @@ fn a_guest_talks_to_the_network() {
             iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
             for report in out in six udp; do echo REPORT $report; cat /tmp/$report; done
             ip.iproute2 -s link show eth0
+            iperf3 --server --one-off >/tmp/server &
+            until grep -q :1451 /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
             echo SERVES
-            iperf3 --server --one-off"
+            wait"
         ));
         guest.wait_for_output("SERVES");
         let report = IperfReport::measure(&lab.namespace, GUEST, &["-n", "8M"]);

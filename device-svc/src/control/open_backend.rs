@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
-use crate::backend::net::NetBackend;
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
+use crate::backend::net::offload::SoftwareOffload;
 use crate::backend::net::tap::{TapBackend, TapSettings};
+use crate::backend::net::{NetBackend, Offloads};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
@@ -56,12 +57,16 @@ fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, Back
 /// # Errors
 /// When the network refuses or cannot be reached, in words that name it and the next step.
 pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> {
-    match &config.backend {
-        UplinkBackendConfig::Null => Ok(Arc::new(NullNet::new())),
-        UplinkBackendConfig::Loopback => Ok(Arc::new(LoopbackBackend::new())),
+    let backend: Arc<dyn NetBackend> = match &config.backend {
+        UplinkBackendConfig::Null => Arc::new(NullNet::new()),
+        UplinkBackendConfig::Loopback => Arc::new(LoopbackBackend::new()),
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
-            Ok(Arc::new(TapBackend::new(settings)?))
+            Arc::new(TapBackend::new(settings)?)
         }
-    }
+    };
+    // VMs are offered the same everywhere; what a network leaves to them the card does itself.
+    let info = backend.info();
+    let does_all = info.transmit == Offloads::ALL && info.receive == Offloads::ALL;
+    Ok(if does_all { backend } else { Arc::new(SoftwareOffload::new(backend)) })
 }

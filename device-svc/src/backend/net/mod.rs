@@ -16,6 +16,7 @@ mod incoming;
 pub mod loopback;
 mod namespace;
 pub mod null;
+pub mod offload;
 pub mod tap;
 mod watch;
 

@@ -15,7 +15,7 @@ use zerocopy::IntoBytes;
 use super::staging::Staging;
 use super::{Chosen, NetShared, ROWS_MAX, count, header_bytes, receive_offloads};
 use crate::address::Iova;
-use crate::backend::net::{ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
+use crate::backend::net::{Checksum, ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
 use crate::clock::Moment;
 use crate::device::limit::Way;
 use crate::device::queue::{Published, Queue, State};
@@ -217,7 +217,12 @@ impl<E: DmaEngine> ReceiveLane<E> {
     /// Puts a frame into `chains` chains.
     #[inline]
     fn fill(&mut self, frame: &Incoming, chains: u16) -> Result<(), QueueFault> {
-        let raw = frame.header.to_raw(chains);
+        let mut undone = frame.header;
+        if !self.undone.checksum {
+            // To a driver that has not negotiated checksums the flag that says they are right means nothing.
+            undone.checksum = Checksum::Unknown;
+        }
+        let raw = undone.to_raw(chains);
         let mut header = &raw.as_bytes()[..self.header_bytes as usize];
         let mut bytes = frame.bytes();
         let Self { queue, staging, rows, filled, .. } = self;
