@@ -130,7 +130,10 @@ impl Shared {
             if !shared.is_stopping() {
                 session::run(stream, &shared.settings, &shared.function, &shared.stopping);
             }
-            *shared.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            // There are other handles of it: this is what a VMM sees whose conversation is over.
+            if let Some(ended) = shared.connection.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                let _ = ended.shutdown(Shutdown::Both);
+            }
         })?;
         Ok(Served { stream: watched, has_refused: false, thread })
     }
