@@ -1,6 +1,8 @@
 //! What the fuzz targets share: bytes taken apart into choices, and a lane of a block function driven turn by turn in one
 //! thread, on a little memory that it shares with a guest.
 
+pub mod function;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
