@@ -6,10 +6,12 @@
 mod card;
 mod guest;
 mod process;
+mod siege;
 
 pub use card::{Card, CardSettings};
 pub use guest::{boot_guest, qmp};
 pub use process::{Log, Process, wait_for, wait_for_or};
+pub use siege::{Besieged, Siege};
 
 use std::path::PathBuf;
 
