@@ -16,6 +16,7 @@ pub mod control;
 pub mod reactor;
 pub mod device;
 pub mod volume;
+pub mod uplink;
 pub mod mirror;
 pub mod backend;
 pub mod link;

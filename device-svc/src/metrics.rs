@@ -96,6 +96,122 @@ impl RequestKind {
     }
 }
 
+/// Why a frame was not carried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub enum DropReason {
+    /// Received: the guest has put out no buffer, or too few, and the frame could not wait.
+    NoBuffer,
+    /// Longer than the MTU allows, or than the buffer that the guest put out for it, or than any frame can be.
+    TooLong,
+    /// Sent: no Ethernet header, or a virtio-net header that promises more than the frame holds or that was not negotiated.
+    BadHeader,
+    /// Received: to another address or VLAN than the guest's receive mode lets in.
+    NotForUs,
+    /// Sent: from an address that is not the function's, where that is watched.
+    Spoofed,
+    /// Beyond the function's limit, and the frame could not wait.
+    LimitExceeded,
+    /// A checksum to compute or a packet to cut where neither the other side nor the card can.
+    Offload,
+    /// The link is down: it was set so, or the uplink has no carrier.
+    LinkDown,
+    /// Sent: the uplink had no room, or took the frame and could do nothing with it.
+    UplinkFull,
+}
+
+impl DropReason {
+    /// All reasons, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::NoBuffer,
+        Self::TooLong,
+        Self::BadHeader,
+        Self::NotForUs,
+        Self::Spoofed,
+        Self::LimitExceeded,
+        Self::Offload,
+        Self::LinkDown,
+        Self::UplinkFull,
+    ];
+
+    /// The reason's name in metrics and statistics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoBuffer => "no_buffer",
+            Self::TooLong => "too_long",
+            Self::BadHeader => "bad_header",
+            Self::NotForUs => "not_for_us",
+            Self::Spoofed => "spoofed",
+            Self::LimitExceeded => "limit_exceeded",
+            Self::Offload => "offload",
+            Self::LinkDown => "link_down",
+            Self::UplinkFull => "uplink_full",
+        }
+    }
+}
+
+/// What a queue of a network interface is for (virtio 1.3, 5.1.2): pairs of a receive and a transmit queue, then the control queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NetQueue {
+    /// Frames to the guest, of this pair.
+    Receive(u16),
+    /// Frames from the guest, of this pair.
+    Transmit(u16),
+    /// The guest's commands.
+    Control,
+}
+
+impl NetQueue {
+    /// The use of queue `index` where there are so many pairs.
+    #[must_use]
+    pub const fn of(index: u16, pairs: u16) -> Self {
+        match (index / 2, index % 2) {
+            (pair, _) if pair >= pairs => Self::Control,
+            (pair, 0) => Self::Receive(pair),
+            (pair, _) => Self::Transmit(pair),
+        }
+    }
+
+    /// Its name in statistics, as `ethtool -S` has it.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Receive(pair) => format!("rx_queue_{pair}"),
+            Self::Transmit(pair) => format!("tx_queue_{pair}"),
+            Self::Control => "control_queue".to_owned(),
+        }
+    }
+}
+
+/// What one receive or transmit queue of a network interface counts of its frames.
+#[derive(Default, Debug)]
+pub struct NetCounters {
+    /// Frames carried: given to the guest, or taken from it and given to the uplink. One that the other side has still to cut counts
+    /// as one.
+    pub packets: Counter,
+    /// Their bytes, from the Ethernet header on.
+    pub bytes: Counter,
+    /// Of them, those to all.
+    pub broadcasts: Counter,
+    /// Of them, those to a group but not to all.
+    pub multicasts: Counter,
+    /// Of them, those whose checksum the other side has to compute.
+    pub undone_checksums: Counter,
+    /// Of them, those that the other side has to cut.
+    pub undone_segmentations: Counter,
+    /// Frames not carried, by [`DropReason`].
+    pub drops: [Counter; DropReason::ALL.len()],
+}
+
+impl NetCounters {
+    /// Counts a frame that was not carried. Only the owning thread may call this.
+    #[inline]
+    pub fn drop_for(&self, reason: DropReason) {
+        self.drops[reason as usize].add(1);
+    }
+}
+
 /// What one queue of one function counts. Lives as long as the function, over any number of starts of the queue.
 #[derive(Default, Debug)]
 #[repr(align(128))]
@@ -132,6 +248,8 @@ pub struct QueueCounters {
     pub dma_lent: Counter,
     /// Bytes lent in place.
     pub dma_lent_bytes: Counter,
+    /// Of a network interface: its frames.
+    pub net: NetCounters,
 }
 
 /// What one reactor counts.

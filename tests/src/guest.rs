@@ -2,41 +2,81 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::{Card, Process, wait_for};
+use crate::{Card, Namespace, Process, wait_for};
 
-/// Boots a guest to run `job`, a shell script; `arguments` are QEMU's beside those that every guest has. The process ends with
-/// the job's status.
+/// How a guest is booted.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestSettings<'a> {
+    /// The folder for its files, which other guests may share.
+    pub folder: &'a Path,
+    /// Its name, by which its files are told from others'.
+    pub name: &'a str,
+    /// A shell script that it runs, and then ends.
+    pub job: &'a str,
+    /// QEMU's arguments beside those that every guest has.
+    pub arguments: &'a [&'a str],
+    /// The namespace that QEMU runs in, if not the machine's own.
+    pub namespace: Option<&'a Namespace>,
+}
+
+impl GuestSettings<'_> {
+    /// Boots the guest. The process ends with the job's status.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn boot(&self) -> Process {
+        let script = self.folder.join(format!("{}-job.sh", self.name));
+        std::fs::write(&script, self.job).expect("the guest's folder is writable");
+        let socket = qmp_socket(self.folder, self.name);
+        // That of an earlier guest.
+        let _ = std::fs::remove_file(&socket);
+        let runner = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/guest-run");
+        let mut command = self.namespace.map_or_else(
+            || Command::new(&runner),
+            |namespace| namespace.command(runner.to_str().expect("the tree's path is text")),
+        );
+        command.arg("--job").arg(script).arg("--qmp").arg(socket).args(["--timeout", "110", "--"]).args(self.arguments);
+        Process::start(&mut command)
+    }
+}
+
+fn qmp_socket(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}-qmp.sock"))
+}
+
+/// The name of the guest beside a card that has only one.
+const ONLY: &str = "guest";
+
+/// Boots the one guest beside `card` to run `job`, a shell script; `arguments` are QEMU's beside those that every guest has. The
+/// process ends with the job's status.
 ///
 /// # Panics
 /// When it cannot be started.
 #[must_use]
 pub fn boot_guest(card: &Card, job: &str, arguments: &[&str]) -> Process {
-    let script = card.path("job.sh");
-    std::fs::write(&script, job).expect("the card's folder is writable");
-    // That of an earlier guest.
-    let _ = std::fs::remove_file(card.path("qmp.sock"));
-    let runner = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/guest-run");
-    Process::start(
-        Command::new(runner)
-            .arg("--job")
-            .arg(script)
-            .arg("--qmp")
-            .arg(card.path("qmp.sock"))
-            .args(["--timeout", "110", "--"])
-            .args(arguments),
-    )
+    GuestSettings { folder: card.folder(), name: ONLY, job, arguments, namespace: None }.boot()
 }
 
-/// Sends one QMP command with its arguments, a JSON object, to the guest's QEMU; returns all that QEMU said.
+/// Sends one QMP command with its arguments, a JSON object, to the QEMU of the one guest beside `card`; returns all that QEMU
+/// said.
 ///
 /// # Panics
 /// When QEMU refuses it, or hangs up.
 pub fn qmp(card: &Card, command: &str, arguments: &str) -> String {
-    let path = card.path("qmp.sock");
+    qmp_of(card.folder(), ONLY, command, arguments)
+}
+
+/// The same for the guest `name` whose files are in `folder`.
+///
+/// # Panics
+/// When QEMU refuses it, or hangs up.
+pub fn qmp_of(folder: &Path, name: &str, command: &str, arguments: &str) -> String {
+    let path = qmp_socket(folder, name);
     wait_for("QMP", || path.exists());
     let mut stream = UnixStream::connect(path).expect("QEMU listens");
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("sockets have timeouts");

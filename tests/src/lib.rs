@@ -3,15 +3,23 @@
 //! The tests find the built programs in `$DRAY_BIN` and the real parts in `$DRAY_RIG`; `tests/run` sets both. Without a rig they
 //! say that they are skipped, and only `tests/run --no-rig` does without.
 
+mod capture;
 mod card;
 mod guest;
+mod iperf;
+mod namespace;
 mod process;
 mod siege;
+mod testpmd;
 
+pub use capture::{Capture, Captured};
 pub use card::{Card, CardSettings};
-pub use guest::{boot_guest, qmp};
+pub use guest::{GuestSettings, boot_guest, qmp, qmp_of};
+pub use iperf::{IperfReport, IperfServer};
+pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
 pub use siege::{Besieged, Siege};
+pub use testpmd::{Driver, Port, PortCounts, Testpmd, TestpmdSettings};
 
 use std::path::PathBuf;
 
@@ -35,6 +43,21 @@ pub fn rig() -> Option<PathBuf> {
         Some(rig) if rig.join("bin/fio").exists() => Some(rig),
         _ => panic!("there is no rig: run tests/rig/make, or tests/run --no-rig"),
     }
+}
+
+/// The same for tests that make network namespaces, which only root may.
+///
+/// # Panics
+/// As `rig` does; and when the rig is of a time before such tests.
+#[must_use]
+pub fn network_rig() -> Option<PathBuf> {
+    let rig = rig()?;
+    assert!(rig.join("bin/testpmd").exists(), "the rig is of an earlier time: run tests/rig/make");
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return None;
+    }
+    Some(rig)
 }
 
 /// How often a loop shall run: by default, in CI, by hand.

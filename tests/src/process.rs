@@ -1,6 +1,6 @@
 //! A program under test: its output is kept, and it never outlives its test.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -62,9 +62,21 @@ impl Process {
     /// When it cannot be started.
     #[must_use]
     pub fn start(command: &mut Command) -> Self {
+        Self::spawn(command.stdin(Stdio::null()))
+    }
+
+    /// The same for a program that is told things while it runs, by `input`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start_with_input(command: &mut Command) -> Self {
+        Self::spawn(command.stdin(Stdio::piped()))
+    }
+
+    fn spawn(command: &mut Command) -> Self {
         let name = format!("{command:?}");
         let mut child = command
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -86,6 +98,18 @@ impl Process {
         };
         let readers = pipes.into_iter().flatten().map(collect).collect();
         Self { name, child, output, readers }
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Panics
+    /// When it reads none, or has ended.
+    pub fn input(&mut self, text: &str) {
+        let pipe = self.child.stdin.as_mut().expect("it was started with an input");
+        if let Err(error) = pipe.write_all(text.as_bytes()) {
+            self.end();
+            panic!("{} takes no input ({error}):\n{}", self.name, self.output());
+        }
     }
 
     /// Everything it has said.

@@ -9,6 +9,7 @@
 
 pub mod file;
 pub mod nbd;
+pub mod net;
 pub mod null;
 pub mod ram;
 

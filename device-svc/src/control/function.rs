@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
 use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
-use crate::device::blk::{BlkLane, BlkSettings, BlkShared};
+use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
-use crate::device::{FaultReport, Lane, QueueFault};
-use crate::dma::{CopyEngine, DistantEngine, HostMemory, Removed};
+use crate::device::{Device, FaultReport, LanePlace, Outlet, QueueFault};
+use crate::dma::{HostMemory, Removed};
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
-use crate::mirror::{Reach, check_addresses};
+use crate::mirror::check_addresses;
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
 use crate::volume::Volume;
 
@@ -50,14 +50,20 @@ struct Inner {
     closed: bool,
 }
 
-/// A virtio-blk function.
-pub struct BlkFunction {
+/// What is changed of a device while it runs.
+enum Kind {
+    Blk { shared: Arc<BlkShared>, limit: Arc<Limit> },
+}
+
+/// A function of any device.
+pub struct CardFunction {
     number: u32,
     name: String,
-    shared: Arc<BlkShared>,
-    limit: Arc<Limit>,
+    device: Arc<dyn Device>,
+    kind: Kind,
     counters: Vec<Arc<QueueCounters>>,
     reactors: Arc<Reactors>,
+    /// The reactor of each queue.
     placement: Vec<usize>,
     courier: Sender<FaultNotice>,
     notify: Notify,
@@ -66,14 +72,14 @@ pub struct BlkFunction {
 
 /// A fault on its way from a reactor to the host.
 pub struct FaultNotice {
-    function: Weak<BlkFunction>,
+    function: Weak<CardFunction>,
     queue: u16,
     fault: QueueFault,
 }
 
 /// The reactor's end of the courier.
 struct Reporter {
-    function: Weak<BlkFunction>,
+    function: Weak<CardFunction>,
     courier: Sender<FaultNotice>,
 }
 
@@ -82,6 +88,16 @@ impl FaultReport for Reporter {
         // The service is ending if nobody listens any more.
         let _ = self.courier.send(FaultNotice { function: Weak::clone(&self.function), queue, fault });
     }
+}
+
+/// Where a function runs, and whom it tells.
+pub struct FunctionPlace {
+    /// The reactors that its queues are placed on.
+    pub reactors: Arc<Reactors>,
+    /// Carries faults from the reactors.
+    pub courier: Sender<FaultNotice>,
+    /// Told of each change of standing.
+    pub notify: Notify,
 }
 
 /// Starts the thread that carries faults from the reactors to the functions they concern. It ends when the last sender is
@@ -115,19 +131,17 @@ pub fn rates_of(config: &LimitConfig) -> Rates {
     }
 }
 
-impl BlkFunction {
-    /// Makes the function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of its
-    /// group; `notify` is told of each change of standing.
+impl CardFunction {
+    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of
+    /// its group; `notify` is told of each change of standing.
     ///
     /// # Errors
     /// When the volume's storage refuses.
-    pub fn new(
+    pub fn blk(
         config: &FunctionConfig,
         volume: &Volume,
         group: Option<Arc<Limit>>,
-        reactors: Arc<Reactors>,
-        courier: Sender<FaultNotice>,
-        notify: Notify,
+        place: FunctionPlace,
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
         let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
@@ -144,14 +158,31 @@ impl BlkFunction {
             io_timeout: volume.io_timeout,
             limits: std::iter::once(Arc::clone(&limit)).chain(group).collect(),
         };
-        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
-        let placement = reactors.place(config.queues, info.channels_max);
-        let function = Arc::new(Self {
-            number,
-            name: config.name.clone(),
-            shared: Arc::new(BlkShared::new(settings, &info)),
-            limit,
-            counters: (0..config.queues).map(|_| Arc::default()).collect(),
+        let shared = Arc::new(BlkShared::new(settings, &info));
+        let device = Arc::new(BlkDevice(Arc::clone(&shared)));
+        let placement = place.reactors.place(config.queues, info.channels_max);
+        let function = Self::assemble(&config.name, device, Kind::Blk { shared, limit }, placement, place);
+        // All channels first: a function is made whole or not at all.
+        let outlet = |_: &usize| volume.backend.open_channel().map(Outlet::Block);
+        let outlets = function.used_reactors().iter().map(outlet).collect::<Result<Vec<_>, _>>();
+        function.open(outlets)
+    }
+
+    fn assemble(
+        name: &str,
+        device: Arc<dyn Device>,
+        kind: Kind,
+        placement: Vec<usize>,
+        place: FunctionPlace,
+    ) -> Arc<Self> {
+        let queues = usize::from(device.queue_count());
+        let FunctionPlace { reactors, courier, notify } = place;
+        Arc::new(Self {
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
+            name: name.to_owned(),
+            device,
+            kind,
+            counters: (0..queues).map(|_| Arc::default()).collect(),
             reactors,
             placement,
             courier,
@@ -160,18 +191,20 @@ impl BlkFunction {
                 memory: Arc::default(),
                 features: 0,
                 host: None,
-                queues: vec![QueueState::Off; usize::from(config.queues)],
+                queues: vec![QueueState::Off; queues],
                 fault: None,
                 closed: false,
             }),
-        });
-        // All channels first: a function is made whole or not at all.
-        let used = function.used_reactors();
-        let channels = used.iter().map(|_| volume.backend.open_channel()).collect::<Result<Vec<_>, _>>()?;
-        for (reactor, channel) in used.into_iter().zip(channels) {
-            reactor.post(Message::OpenChannel { function: number, channel });
+        })
+    }
+
+    /// Hands each reactor that the function is on its outlet, or lets go of the places.
+    fn open(self: Arc<Self>, outlets: Result<Vec<Outlet>, BackendError>) -> Result<Arc<Self>, BackendError> {
+        let outlets = outlets.inspect_err(|_| self.reactors.release(&self.placement))?;
+        for (number, outlet) in self.used_reactors().into_iter().zip(outlets) {
+            self.reactors.handles()[number].post(Message::OpenOutlet { function: self.number, outlet });
         }
-        Ok(function)
+        Ok(self)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -179,11 +212,12 @@ impl BlkFunction {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn used_reactors(&self) -> Vec<&ReactorHandle> {
+    /// The numbers of the reactors that it is on.
+    fn used_reactors(&self) -> Vec<usize> {
         let mut numbers = self.placement.clone();
         numbers.sort_unstable();
         numbers.dedup();
-        numbers.into_iter().map(|number| &self.reactors.handles()[number]).collect()
+        numbers
     }
 
     fn reactor_of(&self, queue: u16) -> &ReactorHandle {
@@ -213,12 +247,14 @@ impl BlkFunction {
 
     /// Changes its limit while it runs.
     pub fn set_limit(&self, limit: &LimitConfig) {
-        self.limit.set(&rates_of(limit));
+        let Kind::Blk { limit: own, .. } = &self.kind;
+        own.set(&rates_of(limit));
     }
 
     /// Its volume has another size: the guest gets a configuration interrupt.
     pub fn resized(&self, size_bytes: u64) {
-        self.shared.set_size_bytes(size_bytes);
+        let Kind::Blk { shared, .. } = &self.kind;
+        shared.set_size_bytes(size_bytes);
         let host = self.lock().host.clone();
         if let Some(host) = host {
             host.config_changed();
@@ -234,15 +270,15 @@ impl BlkFunction {
             }
             inner.host = None;
         }
-        self.ask_each(|reply| Message::CloseChannel { function: self.number, reply });
+        self.ask_each(|reply| Message::CloseOutlet { function: self.number, reply });
         self.reactors.release(&self.placement);
     }
 
     /// Posts a message to every reactor that the function is on, and waits for all answers.
     fn ask_each(&self, message: impl Fn(Sender<()>) -> Message) {
         let (reply, answers) = channel();
-        for reactor in self.used_reactors() {
-            reactor.post(message(reply.clone()));
+        for number in self.used_reactors() {
+            self.reactors.handles()[number].post(message(reply.clone()));
         }
         drop(reply);
         // Ends when every reactor has answered, or dropped the question because it ends.
@@ -283,36 +319,36 @@ impl BlkFunction {
         inner.queues.fill(QueueState::Off);
         inner.features = 0;
         inner.fault = None;
-        self.shared.reset();
+        self.device.reset();
     }
 }
 
-impl FunctionSide for Arc<BlkFunction> {
+impl FunctionSide for Arc<CardFunction> {
     fn offered_features(&self) -> u64 {
-        self.shared.offered_features()
+        self.device.offered_features()
     }
 
     fn queue_count(&self) -> u16 {
-        self.shared.queues()
+        self.device.queue_count()
     }
 
     fn queue_size_max(&self) -> u16 {
-        self.shared.queue_size_max()
+        self.device.queue_size_max()
     }
 
     fn config_space(&self) -> Vec<u8> {
-        self.shared.config_space()
+        self.device.config_space()
     }
 
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), Refusal> {
-        if self.shared.write_config(offset, data) {
+        if self.device.write_config(offset, data) {
             return Ok(());
         }
         Err(Refusal::Invalid(format!("no writable field of {} bytes at offset {offset}", data.len())))
     }
 
     fn accept_features(&self, features: u64) -> Result<(), Refusal> {
-        let unknown = features & !self.shared.offered_features();
+        let unknown = features & !self.device.offered_features();
         if unknown != 0 {
             return Err(Refusal::Invalid(format!("features {unknown:#x} were not offered")));
         }
@@ -346,10 +382,10 @@ impl FunctionSide for Arc<BlkFunction> {
         if inner.closed {
             return Err(Refusal::Gone);
         }
-        if start.index >= self.shared.queues() || start.size > self.shared.queue_size_max() {
+        if start.index >= self.device.queue_count() || start.size > self.device.queue_size_max() {
             return Err(Refusal::Invalid(format!("queue {} of {} entries does not exist", start.index, start.size)));
         }
-        if start.features & !self.shared.offered_features() != 0 {
+        if start.features & !self.device.offered_features() != 0 {
             return Err(Refusal::Invalid(format!("features {:#x} were not offered", start.features)));
         }
         let reach = check_addresses(&start, &inner.memory).map_err(Refusal::Invalid)?;
@@ -361,23 +397,15 @@ impl FunctionSide for Arc<BlkFunction> {
         if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
             self.reactor_of(queue).post(Message::Resume { key, start });
         } else {
-            let reporter = Reporter { function: Arc::downgrade(self), courier: self.courier.clone() };
+            let report = Arc::new(Reporter { function: Arc::downgrade(self), courier: self.courier.clone() });
             let counters = Arc::clone(&self.counters[usize::from(queue)]);
-            let (shared, memory) = (Arc::clone(&self.shared), Arc::clone(&inner.memory));
-            let report = Arc::new(reporter);
-            let lane: std::io::Result<Box<dyn Lane>> = match memory.distant().cloned() {
-                Some(distant) if reach == Reach::Distant => {
-                    BlkLane::new(start, shared, counters, report, |card| DistantEngine::new(card, memory, distant))
-                        .map(|lane| Box::new(lane) as _)
-                }
-                _ => BlkLane::new(start, shared, counters, report, |card| CopyEngine::new(card, memory))
-                    .map(|lane| Box::new(lane) as _),
-            };
+            let place = LanePlace { memory: Arc::clone(&inner.memory), reach, counters, report };
+            let lane = self.device.lane(start, place);
             let lane = lane.map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
             self.reactor_of(queue).post(Message::Start { key, lane });
         }
         inner.queues[usize::from(queue)] = QueueState::Running(shape);
-        let standing = BlkFunction::standing_of(&inner);
+        let standing = CardFunction::standing_of(&inner);
         drop(inner);
         (self.notify)(standing);
         Ok(())
@@ -385,7 +413,7 @@ impl FunctionSide for Arc<BlkFunction> {
 
     fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
         let mut inner = self.lock();
-        if index >= self.shared.queues() {
+        if index >= self.device.queue_count() {
             return None;
         }
         self.stop_locked(&mut inner, index)

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::function::{BlkFunction, FaultNotice, rates_of, start_courier};
+use super::function::{CardFunction, FaultNotice, FunctionPlace, rates_of, start_courier};
 use super::seam::{FunctionRun, FunctionStarter, Notify, Standing, StartError};
 use crate::backend::BackendError;
 use crate::config::{
@@ -66,9 +66,8 @@ impl FunctionStarter for OnReactors {
     ) -> Result<Arc<dyn FunctionRun>, StartError> {
         config.check_reactors(&self.config).map_err(|(key, why)| StartError::Refused(format!("`{key}`: {why}")))?;
         let group = group.map(|group| self.limit_of(group));
-        let reactors = Arc::clone(&self.reactors);
-        let function = BlkFunction::new(config, &volume, group, reactors, self.courier.clone(), notify);
-        let function = function.map_err(|error| match error {
+        let place = FunctionPlace { reactors: Arc::clone(&self.reactors), courier: self.courier.clone(), notify };
+        let function = CardFunction::blk(config, &volume, group, place).map_err(|error| match error {
             BackendError::Refused(why) => StartError::Refused(why),
             BackendError::Unavailable(why) => StartError::Unavailable(why),
         })?;
@@ -117,7 +116,7 @@ fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Li
 
 /// A function and its link.
 struct Running {
-    function: Arc<BlkFunction>,
+    function: Arc<CardFunction>,
     link: Mutex<Option<Link>>,
     /// Lives at least as long as its channels.
     _volume: Arc<Volume>,

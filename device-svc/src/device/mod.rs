@@ -1,38 +1,36 @@
 //! Devices: what the requests in a virtqueue mean.
 //!
 //! A [`Lane`] is one virtqueue's pipeline, owned by one reactor: it fetches chains through its mirror, keeps one row of a
-//! fixed slab per request, submits to a channel and publishes what has ended. A reactor turns lanes without knowing the
-//! device behind them.
+//! fixed slab per request, submits to a channel and publishes what has ended. A [`Device`] is what the control side knows of a
+//! function: what it offers, and how the lane of a queue is made.
+//!
+//! ```text
+//!   blk   every lane: fetch, submit  ─► the channel: poll ─► lanes: complete       ─┐
+//!   net   transmitting lanes: fetch, send ─► each channel: receive ─► its lane: fill ┴► every lane: publish, interrupt
+//! ```
 
 pub mod blk;
 pub mod limit;
+pub mod net;
 mod pages;
+mod queue;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use crate::backend::net::{Incoming, NetChannel};
 use crate::backend::{BlockChannel, BlockFault};
 use crate::clock::Moment;
 use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
+use crate::metrics::QueueCounters;
+use crate::mirror::Reach;
 
 pub use crate::mirror::QueueFault;
 pub use pages::{PageRun, Pages};
 
-/// One virtqueue's pipeline, as a reactor sees it.
-///
-/// A function's turn has three parts: the [`turn`](Self::turn) of each of its lanes, then a poll of its channel, whose
-/// completions go to [`complete`](Self::complete), then [`finish_turn`](Self::finish_turn).
+/// One virtqueue's pipeline, as far as it is the same for every device.
 pub trait Lane: Send {
-    /// Its number among those that share its channel: what the tags of its requests carry from now on.
-    fn set_number(&mut self, number: u32);
-
-    /// Fetches at most `chains_max` chains, decodes and submits. Returns whether there was something to do.
-    fn turn(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool;
-
-    /// One request of this lane has ended in the channel.
-    fn complete(&mut self, now: Moment, row: u32, result: Result<(), BlockFault>);
-
     /// Publishes what has ended and interrupts the driver if it wants that. Returns whether there was something to do.
     fn finish_turn(&mut self, now: Moment) -> bool;
 
@@ -81,6 +79,121 @@ pub trait Lane: Send {
     /// Let go of memory that has left the table. Returns false, to be asked again after a turn, while something in flight is
     /// in it.
     fn let_go(&mut self, removed: &Removed) -> bool;
+}
+
+/// A queue of a block device.
+pub trait BlockLane: Lane {
+    /// Its number among those that share its channel: what the tags of its requests carry from now on.
+    fn set_number(&mut self, number: u32);
+
+    /// Fetches at most `chains_max` chains, decodes and submits. Returns whether there was something to do.
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> bool;
+
+    /// One request of this lane has ended in the channel.
+    fn complete(&mut self, now: Moment, row: u32, result: Result<(), BlockFault>);
+}
+
+/// What a queue of a network device is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NetRole {
+    /// It brings frames to the VM, for this pair.
+    Receive(u16),
+    /// It takes frames from the VM, for this pair.
+    Transmit(u16),
+    /// It takes the driver's commands.
+    Control,
+}
+
+/// A queue of a network device.
+pub trait NetLane: Lane {
+    /// What it is for.
+    fn role(&self) -> NetRole;
+
+    /// Fetches at most `chains_max` chains; sends their frames, or carries out their commands, or keeps their buffers for what
+    /// comes. `channel` is its pair's, but for the control queue. Returns whether there was something to do.
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: Option<&mut (dyn NetChannel + 'static)>) -> bool;
+
+    /// Whether frames can be handed to it: it is a receiving one with buffers, or drops what comes.
+    fn takes_frames(&self) -> bool;
+
+    /// Takes frames from the network, in order. Returns how many it is done with; the rest shall be handed to it again.
+    fn deliver(&mut self, now: Moment, frames: &[Incoming]) -> usize;
+}
+
+/// A queue of either; the set of device types is closed.
+pub enum AnyLane {
+    /// Of a block device.
+    Block(Box<dyn BlockLane>),
+    /// Of a network device.
+    Net(Box<dyn NetLane>),
+}
+
+impl std::ops::Deref for AnyLane {
+    type Target = dyn Lane;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Block(lane) => lane.as_ref() as &dyn Lane,
+            Self::Net(lane) => lane.as_ref() as &dyn Lane,
+        }
+    }
+}
+
+impl std::ops::DerefMut for AnyLane {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        match self {
+            Self::Block(lane) => lane.as_mut() as &mut dyn Lane,
+            Self::Net(lane) => lane.as_mut() as &mut dyn Lane,
+        }
+    }
+}
+
+/// Where what a function's lanes on one reactor do leads to.
+pub enum Outlet {
+    /// A volume's channel, which they share.
+    Block(Box<dyn BlockChannel>),
+    /// Channels of an uplink, by the number of the pair. A pair that lives on another reactor has none here.
+    Net(Vec<Option<Box<dyn NetChannel>>>),
+}
+
+/// A function's device, as the control side sees it: shared with its lanes, and changed while they run.
+pub trait Device: Send + Sync {
+    /// The device's feature bits, without those of the transport.
+    fn offered_features(&self) -> u64;
+
+    /// How many queues it has.
+    fn queue_count(&self) -> u16;
+
+    /// The largest size of a queue.
+    fn queue_size_max(&self) -> u16;
+
+    /// The configuration space.
+    fn config_space(&self) -> Vec<u8>;
+
+    /// The driver writes to the configuration space. Returns whether there is such a writable field.
+    #[must_use]
+    fn write_config(&self, offset: u32, data: &[u8]) -> bool;
+
+    /// Device reset: what the driver chose is forgotten.
+    fn reset(&self);
+
+    /// The lane of a queue whose addresses have been checked.
+    ///
+    /// # Errors
+    /// When there is no card memory.
+    fn lane(&self, start: QueueStart, place: LanePlace) -> std::io::Result<AnyLane>;
+}
+
+/// What a lane is made of beside its queue.
+pub struct LanePlace {
+    /// The VM's memory.
+    pub memory: Arc<HostMemory>,
+    /// How the queue's rings are reached in it.
+    pub reach: Reach,
+    /// What the queue counts.
+    pub counters: Arc<QueueCounters>,
+    /// Told when the queue cannot go on.
+    pub report: Arc<dyn FaultReport>,
 }
 
 /// Told once, when a lane stops on a fault; called on the reactor, so it must not block.

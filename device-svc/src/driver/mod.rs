@@ -5,7 +5,7 @@
 //!   memory.rs       what the guest shares: one memory file
 //!   split.rs, packed.rs   the driver's halves of the rings
 //!   queue.rs        one of the two, chosen by a negotiated feature
-//!   block.rs        virtio-blk requests on a queue
+//!   block.rs        virtio-blk requests on a queue; net.rs: frames and commands
 //!   vhost_user.rs   the front end that hands memory and queues to a card
 //!   vfio_user.rs    the VMM that plugs a function in, and its guest's driver
 //!   front_end.rs    what both have in common
@@ -19,6 +19,7 @@ mod front_end;
 pub mod hostile;
 pub mod latency;
 mod memory;
+pub mod net;
 mod packed;
 mod queue;
 mod split;

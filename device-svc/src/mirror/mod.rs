@@ -271,6 +271,20 @@ impl<E: DmaEngine> Mirror<E> {
         }
     }
 
+    /// Where the queue would go on if the last `chains` that were fetched were fetched again, of a device that uses chains in the
+    /// order in which it fetched them, and has published what it used.
+    #[must_use]
+    pub fn position_before(&self, chains: u16) -> QueuePosition {
+        let position = self.position();
+        match &self.ring {
+            Ring::Split(_) => QueuePosition { next_avail: position.next_avail.wrapping_sub(chains), ..position },
+            // What was not used starts where the next used slot is.
+            Ring::Packed(_) => {
+                QueuePosition { next_avail: position.next_used, avail_wrap: position.used_wrap, ..position }
+            }
+        }
+    }
+
     /// Where the queue would go on.
     #[must_use]
     pub fn position(&self) -> QueuePosition {

@@ -1,29 +1,41 @@
-//! What a reactor has of one function: the channel to its backend, and the lanes of those of its queues that live here.
+//! What a reactor has of one function: the channels of its backend, and the lanes of those of its queues that live here.
 //!
-//! A function's turn is whole: its lanes fetch and submit, the channel is polled, the lanes publish. So what one function
+//! A function's turn is whole: its lanes fetch and submit, its channels are polled, the lanes publish. So what one function
 //! completes does not wait for the batch of the next, and the lanes of a function submit together.
 
-use crate::backend::{BlockChannel, Completion};
+use std::os::fd::RawFd;
+
+use crate::backend::Completion;
+use crate::backend::net::{BURST, NetChannel};
 use crate::clock::Moment;
-use crate::device::Lane;
+use crate::device::{AnyLane, NetLane, NetRole, Outlet};
 
 /// How many turns a lane counts as active after it had work: as long as a guest takes to add its next request.
 const ACTIVE_TURNS: u64 = 64;
 
 pub(super) struct LaneSlot {
     pub(super) queue: u16,
-    pub(super) lane: Box<dyn Lane>,
+    pub(super) lane: AnyLane,
     /// The turn in which it last had work.
     pub(super) worked_in: u64,
     /// Abandoned: kept only until its channel has no request of it.
     pub(super) abandoned: bool,
 }
 
+impl LaneSlot {
+    fn net(&mut self) -> Option<&mut (dyn NetLane + 'static)> {
+        match &mut self.lane {
+            AnyLane::Net(lane) => Some(lane.as_mut()),
+            AnyLane::Block(_) => None,
+        }
+    }
+}
+
 pub(super) struct FunctionSlot {
     /// The function's number.
     pub(super) function: u32,
     /// Dropped before the lanes: it may hold requests whose memory belongs to them.
-    pub(super) channel: Box<dyn BlockChannel>,
+    pub(super) outlet: Outlet,
     pub(super) lanes: Vec<Option<LaneSlot>>,
 }
 
@@ -34,6 +46,16 @@ pub(super) struct Turned {
     pub(super) did: bool,
     /// Lanes that had work in one of the last turns.
     pub(super) active: u16,
+}
+
+impl Turned {
+    fn lane(&mut self, did: bool, turn: u64, worked_in: &mut u64) {
+        if did {
+            self.did = true;
+            *worked_in = turn;
+        }
+        self.active += u16::from(turn - *worked_in < ACTIVE_TURNS);
+    }
 }
 
 impl FunctionSlot {
@@ -48,42 +70,79 @@ impl FunctionSlot {
         idle_too: bool,
         completions: &mut Vec<Completion>,
     ) -> Turned {
-        let mut turned = Turned::default();
-        for slot in self.lanes.iter_mut().flatten() {
-            if slot.lane.turn(now, chains_max, self.channel.as_mut()) {
-                turned.did = true;
-                slot.worked_in = turn;
+        let Self { outlet, lanes, .. } = self;
+        let mut turned = match outlet {
+            Outlet::Block(channel) => {
+                let channel = channel.as_mut();
+                let mut turned = Turned::default();
+                for slot in lanes.iter_mut().flatten() {
+                    let AnyLane::Block(lane) = &mut slot.lane else { continue };
+                    turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in);
+                }
+                if idle_too || channel.in_flight() > 0 {
+                    channel.poll(now, completions);
+                    turned.did |= complete(lanes, now, completions);
+                }
+                turned
             }
-            turned.active += u16::from(turn - slot.worked_in < ACTIVE_TURNS);
-        }
-        if idle_too || self.channel.in_flight() > 0 {
-            self.channel.poll(now, completions);
-            turned.did |= self.complete(now, completions);
-        }
-        for slot in self.lanes.iter_mut().flatten() {
+            Outlet::Net(channels) => turn_net(channels, lanes, now, turn, chains_max),
+        };
+        for slot in lanes.iter_mut().flatten() {
             turned.did |= slot.lane.finish_turn(now);
         }
         turned
     }
 
-    /// Polls the channel outside a turn.
-    pub(super) fn poll(&mut self, now: Moment, completions: &mut Vec<Completion>) {
-        self.channel.poll(now, completions);
-        self.complete(now, completions);
-    }
-
-    /// Hands what has ended to the lanes. Returns whether anything has.
-    #[inline]
-    fn complete(&mut self, now: Moment, completions: &mut Vec<Completion>) -> bool {
-        if completions.is_empty() {
-            return false;
-        }
-        for Completion { tag, result } in completions.drain(..) {
-            if let Some(Some(slot)) = self.lanes.get_mut(tag.lane as usize) {
-                slot.lane.complete(now, tag.row, result);
+    /// A channel's descriptor has become readable, or its deadline has come.
+    pub(super) fn woken(&mut self, channel: usize, now: Moment, completions: &mut Vec<Completion>) {
+        match &mut self.outlet {
+            Outlet::Block(channel) => {
+                channel.poll(now, completions);
+                complete(&mut self.lanes, now, completions);
+            }
+            Outlet::Net(channels) => {
+                if let Some(Some(channel)) = channels.get_mut(channel) {
+                    channel.woken();
+                }
             }
         }
-        true
+    }
+
+    /// The descriptors to wait on for the channels, each with the channel's number, and whether edges count.
+    pub(super) fn wake_fds(&self) -> (Vec<(usize, RawFd)>, bool) {
+        match &self.outlet {
+            Outlet::Block(channel) => (channel.wake_fd().map(|fd| (0, fd)).into_iter().collect(), false),
+            Outlet::Net(channels) => {
+                let fd = |(number, channel): (usize, &Option<Box<dyn NetChannel>>)| {
+                    channel.as_ref()?.wake_fd().map(|fd| (number, fd))
+                };
+                (channels.iter().enumerate().filter_map(fd).collect(), true)
+            }
+        }
+    }
+
+    /// Whether nothing keeps the reactor from sleeping: each lane waits for its doorbell, and no channel has frames that a lane
+    /// would take.
+    pub(super) fn arm(&mut self) -> bool {
+        let mut takers = 0u128;
+        for slot in self.lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+            if slot.lane.arm() != Some(true) {
+                return false;
+            }
+            if let Some(lane) = slot.net()
+                && let NetRole::Receive(pair) = lane.role()
+                && lane.takes_frames()
+            {
+                takers |= 1 << (pair % 128);
+            }
+        }
+        match &mut self.outlet {
+            Outlet::Block(_) => true,
+            Outlet::Net(channels) => channels
+                .iter_mut()
+                .enumerate()
+                .all(|(pair, channel)| takers >> (pair % 128) & 1 == 0 || channel.as_mut().is_none_or(|c| c.arm())),
+        }
     }
 
     /// The lane of a queue that has not been abandoned.
@@ -109,6 +168,68 @@ impl FunctionSlot {
     /// The next moment at which the function wants a turn though nothing wakes it.
     pub(super) fn deadline(&self) -> Option<Moment> {
         let lanes = self.lanes.iter().flatten().filter_map(|slot| slot.lane.deadline());
-        lanes.chain(self.channel.deadline()).min()
+        lanes.chain(self.channel_deadline()).min()
     }
+
+    /// The moment at which the channel wants to be polled though nothing wakes it.
+    pub(super) fn channel_deadline(&self) -> Option<Moment> {
+        match &self.outlet {
+            Outlet::Block(channel) => channel.deadline(),
+            Outlet::Net(_) => None,
+        }
+    }
+}
+
+/// Hands what has ended to the lanes. Returns whether anything has.
+#[inline]
+fn complete(lanes: &mut [Option<LaneSlot>], now: Moment, completions: &mut Vec<Completion>) -> bool {
+    if completions.is_empty() {
+        return false;
+    }
+    for Completion { tag, result } in completions.drain(..) {
+        if let Some(Some(LaneSlot { lane: AnyLane::Block(lane), .. })) = lanes.get_mut(tag.lane as usize) {
+            lane.complete(now, tag.row, result);
+        }
+    }
+    true
+}
+
+/// The turn of a network device: lanes first, so that what comes back of what a VM sends is received in the same turn.
+#[inline]
+fn turn_net(
+    channels: &mut [Option<Box<dyn NetChannel>>],
+    lanes: &mut [Option<LaneSlot>],
+    now: Moment,
+    turn: u64,
+    chains_max: u16,
+) -> Turned {
+    let mut turned = Turned::default();
+    for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+        let AnyLane::Net(lane) = &mut slot.lane else { continue };
+        let channel = match lane.role() {
+            NetRole::Receive(pair) | NetRole::Transmit(pair) => {
+                channels.get_mut(usize::from(pair)).and_then(Option::as_deref_mut)
+            }
+            NetRole::Control => None,
+        };
+        turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in);
+    }
+    for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
+        let AnyLane::Net(lane) = &mut slot.lane else { continue };
+        let NetRole::Receive(pair) = lane.role() else { continue };
+        let Some(Some(channel)) = channels.get_mut(usize::from(pair)) else { continue };
+        if !lane.takes_frames() {
+            continue;
+        }
+        let frames = channel.receive(usize::from(chains_max).min(BURST));
+        if !frames.is_empty() {
+            let taken = lane.deliver(now, frames);
+            channel.release(taken);
+            if taken > 0 {
+                turned.did = true;
+                slot.worked_in = turn;
+            }
+        }
+    }
+    turned
 }

@@ -8,8 +8,7 @@ use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::sleep::Asleep;
-use crate::backend::BlockChannel;
-use crate::device::Lane;
+use crate::device::{AnyLane, Outlet};
 use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
@@ -37,15 +36,15 @@ pub struct Stopped {
 /// What a reactor is asked to do. Replies come when it is done, which may take turns; a reply whose asker is gone is
 /// dropped.
 pub enum Message {
-    /// From now on this channel serves the lanes of a function on this reactor.
-    OpenChannel {
+    /// From now on this is where the lanes of a function on this reactor lead to.
+    OpenOutlet {
         /// The function's number.
         function: u32,
-        /// The channel.
-        channel: Box<dyn BlockChannel>,
+        /// Its channels.
+        outlet: Outlet,
     },
-    /// Reset the function and drop its channel here.
-    CloseChannel {
+    /// Reset the function and drop its channels here.
+    CloseOutlet {
         /// The function's number.
         function: u32,
         /// Told when it is done.
@@ -56,7 +55,7 @@ pub enum Message {
         /// The queue.
         key: QueueKey,
         /// Its lane.
-        lane: Box<dyn Lane>,
+        lane: AnyLane,
     },
     /// A stopped lane with parked requests goes on.
     Resume {

@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::mailbox::Mailbox;
 use super::*;
+use crate::device::{AnyLane, Outlet};
 use crate::dma::HostMemory;
 use crate::link::QueuePosition;
 use fake::{FakeChannel, FakeLane, Note, Record};
@@ -30,7 +31,7 @@ impl Bed {
     fn new(poll: PollConfig) -> Self {
         let bed = Self { record: Arc::default(), reactors: reactors(poll) };
         let channel = Box::new(FakeChannel::new(&bed.record));
-        bed.post(Message::OpenChannel { function: 1, channel });
+        bed.post(Message::OpenOutlet { function: 1, outlet: Outlet::Block(channel) });
         bed
     }
 
@@ -41,7 +42,7 @@ impl Bed {
     fn start(&self, queue: u16, shape: impl FnOnce(&mut FakeLane)) {
         let mut lane = FakeLane::new(&self.record, queue);
         shape(&mut lane);
-        self.post(Message::Start { key: key(queue), lane: Box::new(lane) });
+        self.post(Message::Start { key: key(queue), lane: AnyLane::Block(Box::new(lane)) });
     }
 
     fn stop(&self, queue: u16) -> Receiver<Option<Stopped>> {
@@ -119,7 +120,7 @@ fn what_is_not_there_has_stopped_nowhere() {
     assert_eq!(bed.stop(7).recv_timeout(PATIENCE).unwrap(), None);
     // A lane of a function without a channel was closed in the meantime: nobody turns it.
     let lane = Box::new(FakeLane::new(&bed.record, 9));
-    bed.post(Message::Start { key: QueueKey { function: 2, queue: 9 }, lane });
+    bed.post(Message::Start { key: QueueKey { function: 2, queue: 9 }, lane: AnyLane::Block(lane) });
     bed.record.wait_for(|notes| notes.contains(&Note::LaneDropped(9)));
     assert_eq!(bed.record.with(|notes| notes.iter().filter(|note| **note == Note::Turn(9)).count()), 0);
 }
@@ -177,7 +178,7 @@ fn a_channel_goes_before_the_lanes_whose_memory_it_may_hold() {
         let Bed { record, reactors } = bed;
         if !shutdown {
             let (reply, answer) = channel();
-            reactors.handles()[0].post(Message::CloseChannel { function: 1, reply });
+            reactors.handles()[0].post(Message::CloseOutlet { function: 1, reply });
             answer.recv_timeout(PATIENCE).unwrap();
             assert!(record.with(|notes| notes.contains(&Note::LaneDropped(1))), "all is gone with the answer");
         }

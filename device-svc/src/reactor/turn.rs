@@ -13,9 +13,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::function::{FunctionSlot, LaneSlot};
 use super::mailbox::{Mailbox, Message, QueueKey, Stopped};
-use crate::backend::{BlockChannel, Completion};
+use crate::backend::Completion;
 use crate::clock::Moment;
-use crate::device::Lane;
+use crate::device::{AnyLane, Outlet};
 use crate::dma::{HostMemory, Removed};
 use crate::metrics::ReactorCounters;
 use crate::mirror::FETCH_MAX;
@@ -85,7 +85,7 @@ impl Turning {
             abandoned: 0,
             shutdown: false,
         };
-        turning.watch(turning.mailbox.bell_fd(), EVENT_BELL);
+        turning.watch(turning.mailbox.bell_fd(), EpollFlags::EPOLLIN, EVENT_BELL);
         Ok(turning)
     }
 
@@ -146,8 +146,8 @@ impl Turning {
 
     fn act(&mut self, message: Message, now: Moment) {
         match message {
-            Message::OpenChannel { function, channel } => self.open_channel(function, channel),
-            Message::CloseChannel { function, reply } => {
+            Message::OpenOutlet { function, outlet } => self.open_outlet(function, outlet),
+            Message::CloseOutlet { function, reply } => {
                 self.abandon_function(function);
                 self.waits.push(Wait::Close(function, reply));
             }
@@ -185,15 +185,18 @@ impl Turning {
         }
     }
 
-    fn open_channel(&mut self, function: u32, channel: Box<dyn BlockChannel>) {
+    fn open_outlet(&mut self, function: u32, outlet: Outlet) {
         let number = free_slot(&mut self.functions);
-        if let Some(fd) = channel.wake_fd() {
-            self.watch(fd, EVENT_CHANNEL | (number as u64) << 32);
+        let slot = FunctionSlot { function, outlet, lanes: Vec::new() };
+        let (fds, edges) = slot.wake_fds();
+        let flags = if edges { EpollFlags::EPOLLIN | EpollFlags::EPOLLET } else { EpollFlags::EPOLLIN };
+        for (channel, fd) in fds {
+            self.watch(fd, flags, EVENT_CHANNEL | (number as u64) << 32 | channel as u64);
         }
-        self.functions[number] = Some(FunctionSlot { function, channel, lanes: Vec::new() });
+        self.functions[number] = Some(slot);
     }
 
-    fn start(&mut self, key: QueueKey, mut lane: Box<dyn Lane>) {
+    fn start(&mut self, key: QueueKey, mut lane: AnyLane) {
         if let Some(old) = self.place_of(key) {
             self.abandon(old);
         }
@@ -204,7 +207,9 @@ impl Turning {
         };
         let Some(slot) = &mut self.functions[function] else { return };
         let number = free_slot(&mut slot.lanes);
-        lane.set_number(number as u32);
+        if let AnyLane::Block(lane) = &mut lane {
+            lane.set_number(number as u32);
+        }
         slot.lanes[number] = Some(LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false });
         self.watch_doorbell(Place { function, lane: number });
         self.count_lanes();
@@ -285,9 +290,10 @@ impl Turning {
                 }
                 if let Some(number) = self.number_of(function)
                     && let Some(slot) = self.functions[number].take()
-                    && let Some(fd) = slot.channel.wake_fd()
                 {
-                    forget(&self.epoll, fd);
+                    for (_, fd) in slot.wake_fds().0 {
+                        forget(&self.epoll, fd);
+                    }
                 }
                 let _ = reply.send(());
                 None
@@ -327,11 +333,8 @@ impl Turning {
 
     /// Sleeps until there is something to do, if there is nothing now. Returns the moment after.
     fn sleep(&mut self, now: Moment) -> Moment {
-        let lanes = self.functions.iter_mut().flatten().flat_map(|slot| slot.lanes.iter_mut().flatten());
-        for slot in lanes.filter(|slot| !slot.abandoned) {
-            if slot.lane.arm() != Some(true) {
-                return Moment::now();
-            }
+        if !self.functions.iter_mut().flatten().all(FunctionSlot::arm) {
+            return Moment::now();
         }
         let Self { mailbox, .. } = self;
         if !mailbox.asleep.prepare(|| mailbox.is_empty()) {
@@ -351,7 +354,7 @@ impl Turning {
                 }
                 EVENT_CHANNEL => {
                     if let Some(Some(slot)) = self.functions.get_mut(place.function) {
-                        slot.poll(now, &mut self.completions);
+                        slot.woken(place.lane, now, &mut self.completions);
                     }
                 }
                 _ => self.mailbox.silence(),
@@ -360,8 +363,8 @@ impl Turning {
         let after = Moment::now();
         // Channels that wanted to be called by now.
         for slot in self.functions.iter_mut().flatten() {
-            if slot.channel.deadline().is_some_and(|deadline| deadline <= after) {
-                slot.poll(after, &mut self.completions);
+            if slot.channel_deadline().is_some_and(|deadline| deadline <= after) {
+                slot.woken(0, after, &mut self.completions);
             }
         }
         self.counters.sleeps.add(1);
@@ -389,7 +392,8 @@ impl Turning {
 
     fn watch_doorbell(&self, place: Place) {
         if let Some(fd) = self.doorbell_fd(place) {
-            self.watch(fd, EVENT_LANE | (place.function as u64) << 32 | place.lane as u64);
+            let event = EVENT_LANE | (place.function as u64) << 32 | place.lane as u64;
+            self.watch(fd, EpollFlags::EPOLLIN, event);
         }
     }
 
@@ -399,8 +403,8 @@ impl Turning {
         }
     }
 
-    fn watch(&self, fd: RawFd, data: u64) {
-        if let Err(error) = watch(&self.epoll, fd, EpollEvent::new(EpollFlags::EPOLLIN, data)) {
+    fn watch(&self, fd: RawFd, flags: EpollFlags, data: u64) {
+        if let Err(error) = watch(&self.epoll, fd, EpollEvent::new(flags, data)) {
             // Without it the reactor does not wake for this descriptor; the driver's requests would wait for the next turn.
             tracing::error!(%error, "a descriptor cannot be waited on");
         }

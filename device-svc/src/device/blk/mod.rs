@@ -12,7 +12,11 @@ use virtio_bindings::virtio_blk as spec;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::limit::Limit;
+use super::{AnyLane, Device, LanePlace};
 use crate::backend::{BlockInfo, PayloadPlace};
+use crate::dma::{CopyEngine, DistantEngine};
+use crate::link::QueueStart;
+use crate::mirror::Reach;
 use crate::virtqueue::features;
 
 pub use lane::{BlkLane, lane_card_layout};
@@ -269,6 +273,48 @@ impl BlkShared {
             return true;
         }
         false
+    }
+}
+
+/// A virtio-blk function's device.
+#[derive(Debug)]
+pub struct BlkDevice(pub Arc<BlkShared>);
+
+impl Device for BlkDevice {
+    fn offered_features(&self) -> u64 {
+        self.0.offered_features()
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.0.queues()
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.0.queue_size_max()
+    }
+
+    fn config_space(&self) -> Vec<u8> {
+        self.0.config_space()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> bool {
+        self.0.write_config(offset, data)
+    }
+
+    fn reset(&self) {
+        self.0.reset();
+    }
+
+    fn lane(&self, start: QueueStart, place: LanePlace) -> std::io::Result<AnyLane> {
+        let LanePlace { memory, reach, counters, report } = place;
+        let shared = Arc::clone(&self.0);
+        Ok(AnyLane::Block(match memory.distant().cloned() {
+            Some(distant) if reach == Reach::Distant => {
+                let engine = |card| DistantEngine::new(card, memory, distant);
+                Box::new(BlkLane::new(start, shared, counters, report, engine)?)
+            }
+            _ => Box::new(BlkLane::new(start, shared, counters, report, |card| CopyEngine::new(card, memory))?),
+        }))
     }
 }
 

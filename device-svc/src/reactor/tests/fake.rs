@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::PATIENCE;
 use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
 use crate::clock::Moment;
-use crate::device::Lane;
+use crate::device::{BlockLane, Lane};
 use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
@@ -137,7 +137,7 @@ impl FakeLane {
     }
 }
 
-impl Lane for FakeLane {
+impl BlockLane for FakeLane {
     fn set_number(&mut self, number: u32) {
         self.number = number;
     }
@@ -164,7 +164,9 @@ impl Lane for FakeLane {
         self.in_flight -= 1;
         self.record.note(Note::Completed(row));
     }
+}
 
+impl Lane for FakeLane {
     fn finish_turn(&mut self, _now: Moment) -> bool {
         false
     }

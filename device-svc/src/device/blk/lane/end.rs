@@ -27,7 +27,7 @@ impl<E: DmaEngine> BlkLane<E> {
     pub(super) fn give_back(&mut self, number: u16, written: bool) {
         let row = &mut self.rows[number];
         for segment in &row.data {
-            self.mirror.engine().give_back(segment.address, segment.length, written);
+            self.queue.mirror.engine().give_back(segment.address, segment.length, written);
         }
         row.vectors.clear();
     }
@@ -41,7 +41,7 @@ impl<E: DmaEngine> BlkLane<E> {
             if length == 0 {
                 break;
             }
-            self.mirror.engine().write(at, segment.address, length)?;
+            self.queue.mirror.engine().write(at, segment.address, length)?;
             at = at.add(length);
             left -= length;
         }
@@ -62,16 +62,16 @@ impl<E: DmaEngine> BlkLane<E> {
         row.stage = Stage::Done;
         row.written = written + 1;
         let kind = row.kind as usize;
-        self.counters.requests[kind].add(1);
+        self.queue.counters.requests[kind].add(1);
         if status == Status::Ok {
             if let Request::Transfer { bytes, .. } = row.request {
-                self.counters.bytes[kind].add(u64::from(bytes));
+                self.queue.counters.bytes[kind].add(u64::from(bytes));
             }
         } else {
-            self.counters.errors.add(1);
+            self.queue.counters.errors.add(1);
         }
-        self.counters.latency.record(now.ns_since(row.popped_at));
-        let engine = self.mirror.engine();
+        self.queue.counters.latency.record(now.ns_since(row.popped_at));
+        let engine = self.queue.mirror.engine();
         engine.card().put(at, status as u8);
         let result = engine.write(at, row.status_at, 1);
         if self.in_order {
@@ -91,7 +91,7 @@ impl<E: DmaEngine> BlkLane<E> {
     #[inline(always)]
     fn stage_used(&mut self, number: u16) {
         let row = &self.rows[number];
-        self.mirror.stage_used(row.id, row.slots, row.written);
+        self.queue.mirror.stage_used(row.id, row.slots, row.written);
         self.retiring.push_back(number);
     }
 
@@ -106,7 +106,7 @@ impl<E: DmaEngine> BlkLane<E> {
         let row = &mut self.rows[number];
         debug_assert!(row.outstanding > 0, "a completion without a request");
         row.outstanding -= 1;
-        if self.state == State::Abandoned {
+        if self.queue.state == State::Abandoned {
             if row.outstanding == 0 {
                 self.drop_row(number);
             }
@@ -164,7 +164,7 @@ impl<E: DmaEngine> BlkLane<E> {
             row.stage = Stage::Held;
             row.retry_at = now.after(RETRY_AFTER);
             self.held.push(number);
-            self.counters.held.set(self.held.len() as u64);
+            self.queue.counters.held.set(self.held.len() as u64);
             return Ok(());
         }
         self.end(now, number, status_of(fault), 0)

@@ -2,13 +2,12 @@
 
 use super::super::request::{HEADER_BYTES, Header, ID_BYTES, Request, Status};
 use super::super::row::{Row, Stage};
-use super::{BlkLane, Doorbell, ROW_BYTES, ROW_ID_AT};
+use super::{BlkLane, ROW_BYTES, ROW_ID_AT};
 use crate::address::{CardAddress, Iova};
 use crate::backend::BlockChannel;
 use crate::clock::Moment;
 use crate::device::QueueFault;
 use crate::dma::DmaEngine;
-use crate::mirror::Fetched;
 use crate::virtqueue::{Chain, Segment};
 
 impl<E: DmaEngine> BlkLane<E> {
@@ -16,9 +15,9 @@ impl<E: DmaEngine> BlkLane<E> {
     #[inline]
     pub(super) fn fetch(&mut self, now: Moment, chains_max: u16) -> Result<bool, QueueFault> {
         let budget = self.rows.free_count().min(chains_max);
-        let Self { mirror, rows, landing, order, row_memory, in_order, sequence, .. } = self;
+        let Self { queue, rows, landing, order, row_memory, in_order, sequence, .. } = self;
         let mut bad = None;
-        let fetched = mirror.fetch(budget, |engine, chain| {
+        let fetched = queue.mirror.fetch(budget, |engine, chain| {
             let number = rows.take();
             let row = &mut rows[number];
             row.stage = Stage::Header;
@@ -36,24 +35,13 @@ impl<E: DmaEngine> BlkLane<E> {
                 order.push_back(number);
             }
         });
-        self.mirror.engine().submit();
+        self.queue.mirror.engine().submit();
         // The chains before a bad one are carried out; the queue stops all the same.
         let fetched = fetched?;
         if let Some(fault) = bad {
             return Err(fault);
         }
-        match fetched {
-            Fetched::Chains(_) => {
-                self.rung = false;
-                if self.doorbell != Doorbell::Polled {
-                    self.doorbell = Doorbell::Polled;
-                    self.mirror.disarm_doorbell()?;
-                }
-            }
-            Fetched::Nothing => self.rung = false,
-            Fetched::Waiting | Fetched::Looking => {}
-        }
-        Ok(matches!(fetched, Fetched::Chains(_) | Fetched::Waiting))
+        self.queue.fetched(fetched)
     }
 
     /// Takes the rows whose copies have landed one stage further.
@@ -62,7 +50,7 @@ impl<E: DmaEngine> BlkLane<E> {
         if self.landing.is_empty() {
             return Ok(false);
         }
-        let landed = self.mirror.engine().landed()?;
+        let landed = self.queue.mirror.engine().landed()?;
         while let Some(number) = self.landing.front() {
             if self.rows[number].ticket > landed {
                 break;
@@ -86,7 +74,7 @@ impl<E: DmaEngine> BlkLane<E> {
     #[inline(always)]
     fn decode(&mut self, now: Moment, number: u16, channel: &mut dyn BlockChannel) -> Result<(), QueueFault> {
         let at = self.row_place(number);
-        let header = self.mirror.engine().card().get::<Header>(at);
+        let header = self.queue.mirror.engine().card().get::<Header>(at);
         let row = &mut self.rows[number];
         row.kind = header.counted_as();
         match header.parse(&self.shared, row.readable, row.writable) {
@@ -97,7 +85,7 @@ impl<E: DmaEngine> BlkLane<E> {
         match row.request {
             Request::GetId => {
                 let at = self.row_place(number).add(ROW_ID_AT);
-                self.mirror.engine().card().put(at, self.shared.serial);
+                self.queue.mirror.engine().card().put(at, self.shared.serial);
                 let copied = self.copy_to_host(number, at, ID_BYTES);
                 self.end(now, number, if copied.is_ok() { Status::Ok } else { Status::IoError }, ID_BYTES)?;
                 copied

@@ -21,7 +21,7 @@ impl<E: DmaEngine> BlkLane<E> {
         {
             let queue = way as usize;
             if !self.throttled[queue].is_empty() || !self.pass_limits(now, way, bytes) {
-                self.counters.throttled.add(1);
+                self.queue.counters.throttled.add(1);
                 self.rows[number].stage = Stage::Throttled;
                 self.throttled[queue].push_back(number);
                 return Ok(());
@@ -49,7 +49,7 @@ impl<E: DmaEngine> BlkLane<E> {
 
     #[cold]
     pub(super) fn release_throttled(&mut self, now: Moment) {
-        let stopping = self.state != State::Running;
+        let stopping = self.queue.state != State::Running;
         self.throttled_until = None;
         for way in [Way::Read, Way::Write] {
             while let Some(number) = self.throttled[way as usize].front() {
@@ -75,7 +75,7 @@ impl<E: DmaEngine> BlkLane<E> {
             self.rows[number].stage = Stage::Ready;
             self.ready.push_front(number);
         }
-        self.counters.held.set(self.held.len() as u64);
+        self.queue.counters.held.set(self.held.len() as u64);
     }
 
     /// Submits what is ready, until something must wait.
@@ -159,7 +159,7 @@ impl<E: DmaEngine> BlkLane<E> {
             row.vectors.clear();
             for segment in &row.data {
                 if let Err(fault) =
-                    self.mirror.engine().lend(segment.address, segment.length, direction, &mut row.vectors)
+                    self.queue.mirror.engine().lend(segment.address, segment.length, direction, &mut row.vectors)
                 {
                     self.end(now, number, Status::IoError, 0)?;
                     return Err(fault.into());
@@ -173,7 +173,7 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         if self.rows[number].pages.is_none() {
             let Some(run) = self.pages.take(bytes) else { return Ok(false) };
-            let base = self.mirror.engine().card().pointer(run.at, bytes as usize);
+            let base = self.queue.mirror.engine().card().pointer(run.at, bytes as usize);
             let row = &mut self.rows[number];
             row.pages = Some(run);
             row.vectors.clear();
@@ -192,13 +192,13 @@ impl<E: DmaEngine> BlkLane<E> {
         let row = &mut self.rows[number];
         let mut at = to;
         for segment in &row.data {
-            if let Err(fault) = self.mirror.engine().read(segment.address, at, segment.length) {
+            if let Err(fault) = self.queue.mirror.engine().read(segment.address, at, segment.length) {
                 self.end(now, number, Status::IoError, 0)?;
                 return Err(fault.into());
             }
             at = at.add(segment.length);
         }
-        row.ticket = self.mirror.engine().submit();
+        row.ticket = self.queue.mirror.engine().submit();
         row.stage = Stage::Payload;
         self.landing.push_back(number);
         Ok(())
@@ -223,7 +223,7 @@ impl<E: DmaEngine> BlkLane<E> {
         // All are checked before the first is submitted: a request is refused whole.
         if self.rows[number].next_range == 0 {
             for index in 0..count {
-                let range = self.mirror.engine().card().get::<Range>(run.at.add(index * RANGE_BYTES));
+                let range = self.queue.mirror.engine().card().get::<Range>(run.at.add(index * RANGE_BYTES));
                 if let Err(status) = range.parse(&self.shared, zero) {
                     self.end(now, number, status, 0)?;
                     return Ok(true);
@@ -232,7 +232,7 @@ impl<E: DmaEngine> BlkLane<E> {
         }
         while self.rows[number].next_range < count {
             let at = run.at.add(self.rows[number].next_range * RANGE_BYTES);
-            let range = self.mirror.engine().card().get::<Range>(at);
+            let range = self.queue.mirror.engine().card().get::<Range>(at);
             if let Ok((operation, offset, length)) = range.parse(&self.shared, zero) {
                 let tag = Tag { lane: self.number, row: u32::from(number) };
                 let request = BlockRequest { tag, operation, offset, length, segments: Segments::NONE };

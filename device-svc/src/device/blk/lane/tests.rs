@@ -13,6 +13,7 @@ use crate::device::blk::BlkSettings;
 use crate::dma::{CopyEngine, Region};
 use crate::driver::block::{BlockQueue, Ended, Range as DriverRange};
 use crate::driver::{GuestMemory, QueueOptions};
+use crate::link::QueuePort;
 
 const VOLUME_BYTES: u64 = 1 << 20;
 const DATA_BYTES: u32 = 8192;
@@ -287,7 +288,7 @@ fn reads_cost_as_few_copies_as_promised() {
     for (indirect, most) in [(false, 3.5), (true, 4.5)] {
         let wanted = if indirect { features::INDIRECT } else { 0 } | features::EVENT_INDEX;
         let mut bed = Bed::new(BlkSettings { copy_payload: true, ..settings() }, wanted, 256, indirect);
-        let before = bed.lane.mirror.engine_ref().counters();
+        let before = bed.lane.queue.mirror.engine_ref().counters();
         let requests = 32 * 200;
         for _ in 0..200 {
             for row in 0..32 {
@@ -295,7 +296,7 @@ fn reads_cost_as_few_copies_as_promised() {
             }
             bed.end(32);
         }
-        let after = bed.lane.mirror.engine_ref().counters();
+        let after = bed.lane.queue.mirror.engine_ref().counters();
         let each = (after.transactions() - before.transactions()) as f64 / f64::from(requests);
         assert!(each <= most, "{each} copies per read, indirect: {indirect}");
     }

@@ -1,0 +1,173 @@
+//! The driver's commands (virtio 1.3, 5.1.6.5): bytes to something that cannot be wrong, and what it changes.
+
+use virtio_bindings::virtio_net as spec;
+
+use super::filter::{Octets, Which, is_group};
+use super::{NetShared, receive_offloads};
+use crate::backend::net::Offloads;
+
+/// Bytes of the longest command: tables of addresses far larger than are kept.
+pub(super) const COMMAND_BYTES_MAX: u32 = 4096;
+/// The part before a command's own data: class and command.
+const PREFIX_BYTES: usize = 2;
+
+/// A command, understood.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Command {
+    Promiscuous(bool),
+    Unicast(Which),
+    Multicast(Which),
+    Broadcast(bool),
+    Addresses { named: Vec<Octets>, groups: Vec<Octets> },
+    Address(Octets),
+    Vlan { vlan: u16, brought: bool },
+    Announced,
+    Pairs(u16),
+    Undone(Offloads),
+}
+
+/// A command that is not one, or is not negotiated: the driver is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a command that is not known, not negotiated or not whole")]
+pub(super) struct BadCommand;
+
+fn on_or_off(data: &[u8]) -> Result<bool, BadCommand> {
+    match data {
+        [0] => Ok(false),
+        [1] => Ok(true),
+        _ => Err(BadCommand),
+    }
+}
+
+fn number(data: &[u8]) -> Result<u16, BadCommand> {
+    data.try_into().map(u16::from_le_bytes).map_err(|_| BadCommand)
+}
+
+/// One table of addresses (`struct virtio_net_ctrl_mac`), and what stands behind it.
+fn table(data: &[u8]) -> Result<(Vec<Octets>, &[u8]), BadCommand> {
+    let (count, rest) = data.split_first_chunk::<4>().ok_or(BadCommand)?;
+    let bytes = (u32::from_le_bytes(*count) as usize).checked_mul(6).ok_or(BadCommand)?;
+    let (addresses, rest) = rest.split_at_checked(bytes).ok_or(BadCommand)?;
+    Ok((addresses.as_chunks::<6>().0.to_vec(), rest))
+}
+
+impl Command {
+    /// Reads a command of a driver that accepted these features, on a function with so many pairs.
+    pub(super) fn parse(bytes: &[u8], accepted: u64, pairs: u16) -> Result<Self, BadCommand> {
+        let (&[class, command], data) = bytes.split_first_chunk::<PREFIX_BYTES>().ok_or(BadCommand)?;
+        let negotiated = |bit: u32| if accepted >> bit & 1 == 1 { Ok(()) } else { Err(BadCommand) };
+        match u32::from(class) {
+            spec::VIRTIO_NET_CTRL_RX => {
+                let all = |on: bool, which: Which| if on { which } else { Which::Named };
+                let (needed, made): (u32, fn(bool, &dyn Fn(bool, Which) -> Which) -> Self) = match u32::from(command) {
+                    spec::VIRTIO_NET_CTRL_RX_PROMISC => (spec::VIRTIO_NET_F_CTRL_RX, |on, _| Self::Promiscuous(on)),
+                    spec::VIRTIO_NET_CTRL_RX_ALLMULTI => {
+                        (spec::VIRTIO_NET_F_CTRL_RX, |on, all| Self::Multicast(all(on, Which::All)))
+                    }
+                    spec::VIRTIO_NET_CTRL_RX_ALLUNI => {
+                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Unicast(all(on, Which::All)))
+                    }
+                    spec::VIRTIO_NET_CTRL_RX_NOMULTI => {
+                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Multicast(all(on, Which::None)))
+                    }
+                    spec::VIRTIO_NET_CTRL_RX_NOUNI => {
+                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, all| Self::Unicast(all(on, Which::None)))
+                    }
+                    spec::VIRTIO_NET_CTRL_RX_NOBCAST => {
+                        (spec::VIRTIO_NET_F_CTRL_RX_EXTRA, |on, _| Self::Broadcast(!on))
+                    }
+                    _ => return Err(BadCommand),
+                };
+                negotiated(needed)?;
+                Ok(made(on_or_off(data)?, &all))
+            }
+            spec::VIRTIO_NET_CTRL_MAC => match u32::from(command) {
+                spec::VIRTIO_NET_CTRL_MAC_TABLE_SET => {
+                    negotiated(spec::VIRTIO_NET_F_CTRL_RX)?;
+                    let (named, rest) = table(data)?;
+                    let (groups, rest) = table(rest)?;
+                    if rest.is_empty() { Ok(Self::Addresses { named, groups }) } else { Err(BadCommand) }
+                }
+                spec::VIRTIO_NET_CTRL_MAC_ADDR_SET => {
+                    negotiated(spec::VIRTIO_NET_F_CTRL_MAC_ADDR)?;
+                    let address = Octets::try_from(data).map_err(|_| BadCommand)?;
+                    if is_group(address) { Err(BadCommand) } else { Ok(Self::Address(address)) }
+                }
+                _ => Err(BadCommand),
+            },
+            spec::VIRTIO_NET_CTRL_VLAN => {
+                negotiated(spec::VIRTIO_NET_F_CTRL_VLAN)?;
+                let brought = match u32::from(command) {
+                    spec::VIRTIO_NET_CTRL_VLAN_ADD => true,
+                    spec::VIRTIO_NET_CTRL_VLAN_DEL => false,
+                    _ => return Err(BadCommand),
+                };
+                let vlan = number(data)?;
+                if vlan < 4096 { Ok(Self::Vlan { vlan, brought }) } else { Err(BadCommand) }
+            }
+            spec::VIRTIO_NET_CTRL_ANNOUNCE => {
+                negotiated(spec::VIRTIO_NET_F_GUEST_ANNOUNCE)?;
+                let ack = u32::from(command) == spec::VIRTIO_NET_CTRL_ANNOUNCE_ACK && data.is_empty();
+                if ack { Ok(Self::Announced) } else { Err(BadCommand) }
+            }
+            spec::VIRTIO_NET_CTRL_MQ => {
+                negotiated(spec::VIRTIO_NET_F_MQ)?;
+                if u32::from(command) != spec::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET {
+                    return Err(BadCommand);
+                }
+                let wanted = number(data)?;
+                if (1..=pairs).contains(&wanted) { Ok(Self::Pairs(wanted)) } else { Err(BadCommand) }
+            }
+            spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS => {
+                negotiated(spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)?;
+                if u32::from(command) != spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET {
+                    return Err(BadCommand);
+                }
+                let wanted = data.try_into().map(u64::from_le_bytes).map_err(|_| BadCommand)?;
+                // Only what was negotiated can be chosen from (virtio 1.3, 5.1.6.5.6.2).
+                let may = receive_offload_bits(accepted);
+                if wanted & !may == 0 { Ok(Self::Undone(receive_offloads(wanted))) } else { Err(BadCommand) }
+            }
+            _ => Err(BadCommand),
+        }
+    }
+
+    /// Does it.
+    pub(super) fn carry_out(self, shared: &NetShared) {
+        if self == Self::Announced {
+            return shared.announced();
+        }
+        if let Self::Address(mac) = self {
+            return shared.set_mac(mac);
+        }
+        let done: Result<(), std::convert::Infallible> = shared.choose(|chosen| {
+            let filter = &mut chosen.filter;
+            match self {
+                Self::Promiscuous(on) => filter.promiscuous = on,
+                Self::Unicast(which) => filter.unicast = which,
+                Self::Multicast(which) => filter.multicast = which,
+                Self::Broadcast(on) => filter.broadcast = on,
+                Self::Addresses { named, groups } => filter.set_tables(&named, &groups),
+                Self::Vlan { vlan, brought } => filter.set_vlan(vlan, brought),
+                Self::Pairs(pairs) => chosen.pairs = pairs,
+                Self::Undone(offloads) => chosen.undone = Some(offloads),
+                Self::Announced | Self::Address(_) => {}
+            }
+            Ok(())
+        });
+        let Ok(()) = done;
+    }
+}
+
+/// The feature bits that choose what may be left undone for the driver.
+fn receive_offload_bits(accepted: u64) -> u64 {
+    let bits = [
+        spec::VIRTIO_NET_F_GUEST_CSUM,
+        spec::VIRTIO_NET_F_GUEST_TSO4,
+        spec::VIRTIO_NET_F_GUEST_TSO6,
+        spec::VIRTIO_NET_F_GUEST_ECN,
+        spec::VIRTIO_NET_F_GUEST_USO4,
+        spec::VIRTIO_NET_F_GUEST_USO6,
+    ];
+    accepted & bits.into_iter().fold(0, |all, bit| all | 1 << bit)
+}

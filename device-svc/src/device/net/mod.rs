@@ -1,0 +1,435 @@
+//! virtio-net (virtio 1.3, 5.1): features, configuration space, and what all queues of a function share.
+//!
+//! ```text
+//!   transmit   fetch ─► header and headers of the frame land ─► parse ─► (limit) ─► channel ─► used
+//!   receive    fetch buffers ─► wait for frames ─► filter ─► fill as many buffers as the frame needs ─► used
+//!   control    fetch ─► command lands ─► parse ─► what the driver chose changes ─► answer ─► used
+//! ```
+//!
+//! Frames are kept in order, and nothing of a frame outlives the turn in which a channel takes it: so a lane's rows are a ring, with a
+//! counter for each stage, and no list of free ones.
+
+mod chosen;
+mod command;
+mod control;
+mod filter;
+mod receive;
+mod staging;
+mod transmit;
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virtio_bindings::virtio_net as spec;
+use zerocopy::{Immutable, IntoBytes};
+
+use super::limit::{Limit, Way};
+use super::{AnyLane, Device, LanePlace, NetLane, NetRole};
+use crate::backend::net::header::HEADER_BYTES;
+use crate::backend::net::{Checksum, NetHeader, NetInfo, Offloads};
+use crate::clock::Moment;
+use crate::dma::{CopyEngine, DistantEngine, DmaEngine};
+use crate::link::QueueStart;
+use crate::metrics::NetCounters;
+use crate::mirror::Reach;
+use crate::virtqueue::features;
+
+pub use chosen::Chosen;
+pub use control::ControlLane;
+pub use filter::{Filter, Octets};
+pub use receive::ReceiveLane;
+pub use transmit::TransmitLane;
+
+/// Bytes of the header of a driver that knows nothing of virtio 1, nor of merged buffers (virtio 1.3, 5.1.6.1).
+const LEGACY_HEADER_BYTES: u32 = HEADER_BYTES - 2;
+/// Requests of a queue under way at most, in a queue that is larger.
+const ROWS_MAX: u16 = 1024;
+/// The speed of a link that nobody knows (virtio 1.3, 5.1.4).
+const SPEED_UNKNOWN: u32 = u32::MAX;
+const DUPLEX_FULL: u8 = 1;
+
+/// How a function presents its uplink.
+#[derive(Clone, Debug)]
+pub struct NetSettings {
+    /// The MAC address that it has until the driver gives it another.
+    pub mac: Octets,
+    /// The largest IP packet that it tells the driver to send, bytes.
+    pub mtu: u16,
+    /// Queue pairs; 1 to 128.
+    pub pairs: u16,
+    /// The largest size of a queue.
+    pub queue_size_max: u16,
+    /// Whether packed rings are offered.
+    pub packed: bool,
+    /// Whether it has the control queue. Over vhost-user the front end has it, and the card does not see it.
+    pub control: bool,
+    /// Whether frames go through card memory as a whole though they could stay in place until they are sent.
+    pub copy_payload: bool,
+    /// Limits, all of which a frame must pass.
+    pub limits: Vec<Arc<Limit>>,
+}
+
+/// What all queues of one virtio-net function share: fixed, or changed while they run by the control thread and by the driver's
+/// commands.
+#[derive(Debug)]
+pub struct NetShared {
+    settings: NetSettings,
+    uplink: NetInfo,
+    /// What the driver chose; lanes look at it again when the epoch has changed.
+    chosen: Mutex<Arc<Chosen>>,
+    epoch: AtomicU32,
+    mac: AtomicU64,
+    mtu: AtomicU16,
+    /// Whether the operator wants the link up, and whether the uplink is there.
+    wanted_up: AtomicBool,
+    carrier_up: AtomicBool,
+    /// The driver shall announce itself (virtio 1.3, 5.1.6.5.4).
+    announce: AtomicBool,
+}
+
+/// `struct virtio_net_config` up to what we offer (virtio 1.3, 5.1.4).
+#[derive(IntoBytes, Immutable, Debug)]
+#[repr(C)]
+struct ConfigSpace {
+    mac: [u8; 6],
+    status: u16,
+    pairs: u16,
+    mtu: u16,
+    speed: u32,
+    duplex: u8,
+    rss_key_bytes: u8,
+    rss_table_entries: u16,
+    hash_types: u32,
+}
+
+/// Features that go with an offload, when the card takes frames from the driver.
+const TRANSMIT_FEATURES: [(u32, fn(&Offloads) -> bool); 5] = [
+    (spec::VIRTIO_NET_F_CSUM, |offloads| offloads.checksum),
+    (spec::VIRTIO_NET_F_HOST_TSO4, |offloads| offloads.tso4),
+    (spec::VIRTIO_NET_F_HOST_TSO6, |offloads| offloads.tso6),
+    (spec::VIRTIO_NET_F_HOST_ECN, |offloads| offloads.ecn),
+    (spec::VIRTIO_NET_F_HOST_USO, |offloads| offloads.uso),
+];
+
+fn offloads_of(features: u64, bits: [u32; 5]) -> Offloads {
+    let has = |bit: u32| features >> bit & 1 == 1;
+    let [checksum, tso4, tso6, ecn, uso] = bits.map(has);
+    Offloads { checksum, tso4, tso6, ecn, uso }
+}
+
+/// What the driver may leave undone.
+fn transmit_offloads(features: u64) -> Offloads {
+    offloads_of(features, TRANSMIT_FEATURES.map(|(bit, _)| bit))
+}
+
+/// What may be left undone for the driver, unless it chooses less.
+fn receive_offloads(features: u64) -> Offloads {
+    let bits = [
+        spec::VIRTIO_NET_F_GUEST_CSUM,
+        spec::VIRTIO_NET_F_GUEST_TSO4,
+        spec::VIRTIO_NET_F_GUEST_TSO6,
+        spec::VIRTIO_NET_F_GUEST_ECN,
+        spec::VIRTIO_NET_F_GUEST_USO4,
+    ];
+    let offloads = offloads_of(features, bits);
+    // A datagram to be cut may be of either version.
+    Offloads { uso: offloads.uso && features >> spec::VIRTIO_NET_F_GUEST_USO6 & 1 == 1, ..offloads }
+}
+
+/// An address as a number, to be stored at once.
+const fn bits_of(mac: Octets) -> u64 {
+    let [a, b, c, d, e, f] = mac;
+    u64::from_be_bytes([0, 0, a, b, c, d, e, f])
+}
+
+/// Bytes of the header before each frame.
+const fn header_bytes(accepted: u64) -> u32 {
+    if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
+        HEADER_BYTES
+    } else {
+        LEGACY_HEADER_BYTES
+    }
+}
+
+/// Counts a frame that is carried; `start` are its first bytes at least, `bytes` all.
+#[inline]
+fn count(counters: &NetCounters, header: &NetHeader, start: &[u8], bytes: u32) {
+    counters.packets.add(1);
+    counters.bytes.add(u64::from(bytes));
+    if let Some(destination) = start.first_chunk::<6>()
+        && filter::is_group(*destination)
+    {
+        let kind = if *destination == filter::BROADCAST { &counters.broadcasts } else { &counters.multicasts };
+        kind.add(1);
+    }
+    if *header != NetHeader::DONE {
+        counters.undone_checksums.add(u64::from(matches!(header.checksum, Checksum::Needed { .. })));
+        counters.undone_segmentations.add(u64::from(header.segmentation.is_some()));
+    }
+}
+
+impl NetShared {
+    /// How an uplink like `uplink` is presented under these settings; `carrier_up` says whether it is there.
+    #[must_use]
+    pub fn new(settings: NetSettings, uplink: NetInfo, carrier_up: bool) -> Self {
+        let chosen = Mutex::new(Arc::new(Chosen::at_reset(settings.mac, settings.control, settings.pairs)));
+        Self {
+            chosen,
+            epoch: AtomicU32::new(0),
+            mac: AtomicU64::new(bits_of(settings.mac)),
+            mtu: AtomicU16::new(settings.mtu),
+            wanted_up: AtomicBool::new(true),
+            carrier_up: AtomicBool::new(carrier_up),
+            announce: AtomicBool::new(false),
+            settings,
+            uplink,
+        }
+    }
+
+    /// The number of the control queue, if there is one (virtio 1.3, 5.1.2).
+    fn control_queue(&self, accepted: u64) -> Option<u16> {
+        let pairs = if accepted & 1 << spec::VIRTIO_NET_F_MQ != 0 { self.settings.pairs } else { 1 };
+        self.settings.control.then_some(pairs * 2)
+    }
+
+    /// What a queue is for.
+    fn role(&self, queue: u16, accepted: u64) -> NetRole {
+        if self.control_queue(accepted) == Some(queue) {
+            return NetRole::Control;
+        }
+        if queue.is_multiple_of(2) { NetRole::Receive(queue / 2) } else { NetRole::Transmit(queue / 2) }
+    }
+
+    /// A number that is another one whenever what follows has changed: what the driver chose, the link.
+    #[inline]
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// What the driver chose.
+    #[must_use]
+    pub fn chosen(&self) -> Arc<Chosen> {
+        Arc::clone(&self.chosen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes what the driver chose, if `change` finds nothing wrong; lanes see it with their next turn.
+    fn choose<E>(&self, change: impl FnOnce(&mut Chosen) -> Result<(), E>) -> Result<(), E> {
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut new = Chosen::clone(&chosen);
+        change(&mut new)?;
+        *chosen = Arc::new(new);
+        drop(chosen);
+        self.tell_lanes();
+        Ok(())
+    }
+
+    /// Release: a lane that sees the new epoch sees what was changed before.
+    fn tell_lanes(&self) {
+        self.epoch.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether frames pass.
+    #[must_use]
+    pub fn is_link_up(&self) -> bool {
+        self.wanted_up.load(Ordering::Acquire) && self.carrier_up.load(Ordering::Acquire)
+    }
+
+    /// The operator wants the link up or down. Returns whether it changes.
+    pub fn set_wanted_up(&self, up: bool) -> bool {
+        self.change_link(&self.wanted_up, up)
+    }
+
+    /// The uplink has come or gone. Returns whether the link changes.
+    pub fn set_carrier_up(&self, up: bool) -> bool {
+        self.change_link(&self.carrier_up, up)
+    }
+
+    fn change_link(&self, part: &AtomicBool, up: bool) -> bool {
+        let before = self.is_link_up();
+        part.store(up, Ordering::Release);
+        self.tell_lanes();
+        self.is_link_up() != before
+    }
+
+    /// The function has another MAC address from the next reset on, and at once for a driver that reads it.
+    pub fn set_mac(&self, mac: Octets) {
+        self.mac.store(bits_of(mac), Ordering::Release);
+        let _ = self.choose(|chosen| {
+            chosen.filter.set_mac(mac);
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+
+    /// The MAC address that the configuration space shows.
+    #[must_use]
+    pub fn mac(&self) -> Octets {
+        let [_, _, a, b, c, d, e, f] = self.mac.load(Ordering::Acquire).to_be_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// The function tells the driver another MTU, bytes.
+    pub fn set_mtu(&self, mtu: u16) {
+        self.mtu.store(mtu, Ordering::Release);
+        self.tell_lanes();
+    }
+
+    /// The largest IP packet, bytes.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Acquire)
+    }
+
+    /// The driver shall tell the network where it is now. Returns whether it can be asked.
+    pub fn announce(&self) -> bool {
+        self.announce.store(self.settings.control, Ordering::Release);
+        self.settings.control
+    }
+
+    /// The driver has announced itself.
+    fn announced(&self) {
+        self.announce.store(false, Ordering::Release);
+    }
+
+    /// A frame passes all limits, and pays for it, or is told when to ask again.
+    ///
+    /// # Errors
+    /// The moment at which to ask again.
+    pub(super) fn pass_limits(&self, now: Moment, way: Way, bytes: u32) -> Result<(), Moment> {
+        let limits = || self.settings.limits.iter().filter(|limit| limit.is_limited());
+        limits().try_for_each(|limit| limit.ready(now, way))?;
+        limits().for_each(|limit| limit.pay(now, way, u64::from(bytes)));
+        Ok(())
+    }
+
+    /// The device's feature bits.
+    #[must_use]
+    pub fn offered_features(&self) -> u64 {
+        let mut bits = features::VERSION_1 | features::INDIRECT | features::EVENT_INDEX | features::IN_ORDER;
+        let NetSettings { packed, pairs, control, .. } = self.settings;
+        let always = [
+            spec::VIRTIO_NET_F_MAC,
+            spec::VIRTIO_NET_F_MTU,
+            spec::VIRTIO_NET_F_STATUS,
+            spec::VIRTIO_NET_F_MRG_RXBUF,
+            spec::VIRTIO_NET_F_SPEED_DUPLEX,
+        ];
+        let commands = [
+            spec::VIRTIO_NET_F_CTRL_VQ,
+            spec::VIRTIO_NET_F_CTRL_RX,
+            spec::VIRTIO_NET_F_CTRL_RX_EXTRA,
+            spec::VIRTIO_NET_F_CTRL_VLAN,
+            spec::VIRTIO_NET_F_CTRL_MAC_ADDR,
+            spec::VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        bits |= always.into_iter().chain(commands.into_iter().filter(|_| control)).fold(0, |all, bit| all | 1 << bit);
+        if packed {
+            bits |= features::RING_PACKED;
+        }
+        if pairs > 1 {
+            bits |= 1 << spec::VIRTIO_NET_F_MQ;
+        }
+        bits |= TRANSMIT_FEATURES
+            .iter()
+            .filter(|(_, has)| has(&self.uplink.transmit))
+            .fold(0, |all, (bit, _)| all | 1 << bit);
+        let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.receive;
+        let receive = [
+            (checksum, 1 << spec::VIRTIO_NET_F_GUEST_CSUM),
+            (tso4, 1 << spec::VIRTIO_NET_F_GUEST_TSO4),
+            (tso6, 1 << spec::VIRTIO_NET_F_GUEST_TSO6),
+            (ecn, 1 << spec::VIRTIO_NET_F_GUEST_ECN),
+            (uso, 1 << spec::VIRTIO_NET_F_GUEST_USO4 | 1 << spec::VIRTIO_NET_F_GUEST_USO6),
+            (control && checksum, 1 << spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS),
+        ];
+        receive.into_iter().filter(|(offered, _)| *offered).fold(bits, |all, (_, more)| all | more)
+    }
+
+    /// The configuration space.
+    #[must_use]
+    pub fn config_space(&self) -> Vec<u8> {
+        let up = if self.is_link_up() { spec::VIRTIO_NET_S_LINK_UP } else { 0 };
+        let announce = if self.announce.load(Ordering::Acquire) { spec::VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let space = ConfigSpace {
+            mac: self.mac(),
+            status: (up | announce) as u16,
+            pairs: self.settings.pairs,
+            mtu: self.mtu(),
+            speed: SPEED_UNKNOWN,
+            duplex: DUPLEX_FULL,
+            rss_key_bytes: 0,
+            rss_table_entries: 0,
+            hash_types: 0,
+        };
+        space.as_bytes().to_vec()
+    }
+
+    /// Device reset.
+    pub fn reset(&self) {
+        self.announced();
+        let NetSettings { control, pairs, .. } = self.settings;
+        *self.chosen.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(Chosen::at_reset(self.mac(), control, pairs));
+        self.tell_lanes();
+    }
+}
+
+/// A virtio-net function's device.
+#[derive(Debug)]
+pub struct NetDevice(pub Arc<NetShared>);
+
+impl NetDevice {
+    fn lane_over<E: DmaEngine + 'static>(
+        &self,
+        start: QueueStart,
+        place: LanePlace,
+        engine: impl FnOnce(crate::dma::CardMemory, Arc<crate::dma::HostMemory>) -> E,
+    ) -> std::io::Result<Box<dyn NetLane>> {
+        let shared = Arc::clone(&self.0);
+        let LanePlace { memory, counters, report, .. } = place;
+        let engine = |card| engine(card, memory);
+        Ok(match shared.role(start.index, start.features) {
+            NetRole::Receive(pair) => Box::new(ReceiveLane::new(start, pair, shared, counters, report, engine)?),
+            NetRole::Transmit(pair) => Box::new(TransmitLane::new(start, pair, shared, counters, report, engine)?),
+            NetRole::Control => Box::new(ControlLane::new(start, shared, counters, report, engine)?),
+        })
+    }
+}
+
+impl Device for NetDevice {
+    fn offered_features(&self) -> u64 {
+        self.0.offered_features()
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.0.settings.pairs * 2 + u16::from(self.0.settings.control)
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.0.settings.queue_size_max
+    }
+
+    fn config_space(&self) -> Vec<u8> {
+        self.0.config_space()
+    }
+
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> bool {
+        // The address is set by a command, whole (virtio 1.3, 5.1.6.5.2).
+        false
+    }
+
+    fn reset(&self) {
+        self.0.reset();
+    }
+
+    fn lane(&self, start: QueueStart, place: LanePlace) -> std::io::Result<AnyLane> {
+        let distant = place.memory.distant().cloned().filter(|_| place.reach == Reach::Distant);
+        Ok(AnyLane::Net(match distant {
+            Some(distant) => self.lane_over(start, place, |card, memory| DistantEngine::new(card, memory, distant))?,
+            None => self.lane_over(start, place, CopyEngine::new)?,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,401 @@
+//! The receiving queue of a pair: a VM's empty buffers, filled with what comes from the network.
+//!
+//! ```text
+//!   rows:   popped ──────── filled ──────── retired
+//!           │ buffers       │ used entries  │ free
+//!           │ that wait     │ staged        │
+//! ```
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_net as spec;
+use zerocopy::IntoBytes;
+
+use super::staging::Staging;
+use super::{Chosen, NetShared, ROWS_MAX, count, header_bytes, receive_offloads};
+use crate::address::Iova;
+use crate::backend::net::{ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
+use crate::clock::Moment;
+use crate::device::limit::Way;
+use crate::device::queue::{Published, Queue, State};
+use crate::device::{FaultReport, Lane, NetLane, NetRole, QueueFault};
+use crate::dma::{CardMemory, DmaEngine, HostMemory, Removed};
+use crate::link::{QueuePosition, QueueStart};
+use crate::metrics::{DropReason, QueueCounters};
+use crate::mirror::CardLayout;
+use crate::virtqueue::Segment;
+
+/// Buffers that are fetched ahead: a turn's frames need no more, unless they are long.
+const BUFFERS_AHEAD: u16 = 64;
+
+/// A chain of buffers.
+#[derive(Clone, Debug, Default)]
+struct Row {
+    id: u16,
+    slots: u16,
+    /// Bytes that it holds.
+    writable: u32,
+    /// Nearly all chains have one buffer.
+    first: Segment,
+    more: Vec<Segment>,
+}
+
+/// A receiving queue.
+pub struct ReceiveLane<E> {
+    queue: Queue<E>,
+    pair: u16,
+    shared: Arc<NetShared>,
+    staging: Staging,
+    rows: Box<[Row]>,
+    /// How many rows have come this far; the counts run freely, and are taken modulo the number of rows.
+    popped: u16,
+    filled: u16,
+    retired: u16,
+    publishing: u16,
+    /// A frame may take several chains.
+    merges: bool,
+    header_bytes: u32,
+    negotiated: Offloads,
+    /// What holds as of this epoch; nothing before the first turn.
+    epoch: Option<u32>,
+    chosen: Arc<Chosen>,
+    undone: Offloads,
+    /// Frames are brought: the link is up, and the driver uses the pair.
+    open: bool,
+    throttled_until: Option<Moment>,
+}
+
+impl<E: DmaEngine> ReceiveLane<E> {
+    /// A lane for the queue of `start`, whose addresses have been checked.
+    ///
+    /// # Errors
+    /// When there is no card memory.
+    pub fn new(
+        start: QueueStart,
+        pair: u16,
+        shared: Arc<NetShared>,
+        counters: Arc<QueueCounters>,
+        report: Arc<dyn FaultReport>,
+        engine: impl FnOnce(CardMemory) -> E,
+    ) -> std::io::Result<Self> {
+        let mut layout = CardLayout::default();
+        let staging = Staging::new::<E>(&mut layout);
+        let accepted = start.features;
+        let rows = start.size.min(ROWS_MAX).next_power_of_two();
+        Ok(Self {
+            queue: Queue::new(start, layout, counters, report, engine)?,
+            pair,
+            staging,
+            rows: vec![Row::default(); usize::from(rows)].into_boxed_slice(),
+            popped: 0,
+            filled: 0,
+            retired: 0,
+            publishing: 0,
+            merges: accepted & 1 << spec::VIRTIO_NET_F_MRG_RXBUF != 0,
+            header_bytes: header_bytes(accepted),
+            negotiated: receive_offloads(accepted),
+            epoch: None,
+            chosen: shared.chosen(),
+            undone: Offloads::NONE,
+            open: false,
+            throttled_until: None,
+            shared,
+        })
+    }
+
+    const fn waiting(&self) -> u16 {
+        self.popped.wrapping_sub(self.filled)
+    }
+
+    const fn in_use(&self) -> u16 {
+        self.popped.wrapping_sub(self.retired)
+    }
+
+    #[inline]
+    fn row(&self, number: u16) -> &Row {
+        &self.rows[usize::from(number) & (self.rows.len() - 1)]
+    }
+
+    /// Follows what the driver chose, and the link.
+    #[cold]
+    fn follow(&mut self, epoch: u32, channel: &mut dyn NetChannel) {
+        if self.epoch.replace(epoch).is_none() {
+            // What has come for an earlier driver is not for this one.
+            channel.enable(false);
+        }
+        self.chosen = self.shared.chosen();
+        self.undone = self.chosen.undone.map_or(self.negotiated, |chosen| chosen.and(self.negotiated));
+        self.open = self.shared.is_link_up() && self.pair < self.chosen.pairs;
+        channel.leave_undone(self.undone);
+        channel.enable(self.open);
+    }
+
+    fn work(&mut self, chains_max: u16) -> Result<bool, QueueFault> {
+        let free = self.rows.len() as u16 - self.in_use();
+        let full = self.waiting() >= BUFFERS_AHEAD && !self.queue.mirror.is_fetching();
+        if full || !self.queue.wants_fetch() {
+            return Ok(false);
+        }
+        let Self { queue, rows, popped, header_bytes, .. } = self;
+        let mask = rows.len() - 1;
+        let mut bad = None;
+        let fetched = queue.mirror.fetch(free.min(chains_max), |engine, chain| {
+            if chain.readable_bytes > 0 || chain.writable_bytes < *header_bytes {
+                bad.get_or_insert(QueueFault::Request("a receive buffer is no place for a frame's header"));
+                return;
+            }
+            let row = &mut rows[usize::from(*popped) & mask];
+            row.id = chain.id;
+            row.slots = chain.slots;
+            row.writable = chain.writable_bytes;
+            row.first = chain.segments[0];
+            row.more.clear();
+            row.more.extend_from_slice(&chain.segments[1..]);
+            // A frame comes soon, and its first bytes go here.
+            engine.expect_write(row.first.address);
+            *popped = popped.wrapping_add(1);
+        });
+        queue.mirror.engine().submit();
+        let fetched = fetched?;
+        if let Some(fault) = bad {
+            return Err(fault);
+        }
+        // Empty buffers are no work: what comes wakes the lane.
+        self.queue.fetched(fetched)?;
+        Ok(false)
+    }
+
+    /// Whether a frame may pass the limits; if not, until when it waits.
+    fn pass_limits(&mut self, now: Moment, bytes: u32) -> bool {
+        match self.shared.pass_limits(now, Way::Read, bytes) {
+            Ok(()) => true,
+            Err(later) => {
+                self.throttled_until = Some(later);
+                self.queue.counters.throttled.add(1);
+                false
+            }
+        }
+    }
+
+    /// Why a frame is not brought, if it is not.
+    #[inline]
+    fn refuses(&self, frame: &Incoming) -> Option<DropReason> {
+        if !self.open {
+            return Some(DropReason::LinkDown);
+        }
+        if !self.chosen.filter.brings(frame.bytes()) {
+            return Some(DropReason::NotForUs);
+        }
+        if !self.undone.cover(&frame.header) {
+            return Some(DropReason::Offload);
+        }
+        let is_cut = frame.header.segmentation.is_none();
+        let too_long = frame.length() > u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
+        (is_cut && too_long).then_some(DropReason::TooLong)
+    }
+
+    /// Chains that a frame needs of those that wait: none if they do not suffice.
+    #[inline]
+    fn chains_for(&self, bytes: u32) -> Option<u16> {
+        let mut room = 0;
+        let most = if self.merges { self.waiting() } else { self.waiting().min(1) };
+        for count in 0..most {
+            room += self.row(self.filled.wrapping_add(count)).writable;
+            if room >= bytes {
+                return Some(count + 1);
+            }
+        }
+        None
+    }
+
+    /// Whether a frame that finds no room now will never find any: all that the driver can add is here.
+    fn never_fits(&self) -> bool {
+        if self.merges { usize::from(self.in_use()) == self.rows.len() } else { self.waiting() > 0 }
+    }
+
+    /// Puts a frame into `chains` chains.
+    #[inline]
+    fn fill(&mut self, frame: &Incoming, chains: u16) -> Result<(), QueueFault> {
+        let raw = frame.header.to_raw(chains);
+        let mut header = &raw.as_bytes()[..self.header_bytes as usize];
+        let mut bytes = frame.bytes();
+        let Self { queue, staging, rows, filled, .. } = self;
+        let mask = rows.len() - 1;
+        for _ in 0..chains {
+            let row = &rows[usize::from(*filled) & mask];
+            let mut written = 0;
+            for segment in std::iter::once(&row.first).chain(&row.more) {
+                let (mut at, mut left) = (segment.address, segment.length as usize);
+                for part in [&mut header, &mut bytes] {
+                    let count = part.len().min(left);
+                    if count > 0 {
+                        staging.put(queue.mirror.engine(), &part[..count], at)?;
+                        *part = &part[count..];
+                        at = Iova(at.0.wrapping_add(count as u64));
+                        left -= count;
+                        written += count as u32;
+                    }
+                }
+                if bytes.is_empty() {
+                    break;
+                }
+            }
+            queue.mirror.stage_used(row.id, row.slots, written);
+            *filled = filled.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, now: Moment, frames: &[Incoming]) -> Result<usize, QueueFault> {
+        for (number, frame) in frames.iter().enumerate() {
+            if let Some(reason) = self.refuses(frame) {
+                self.queue.counters.net.drop_for(reason);
+                continue;
+            }
+            let needed = frame.length() + self.header_bytes;
+            let Some(chains) = self.chains_for(needed) else {
+                if self.never_fits() {
+                    self.queue.counters.net.drop_for(DropReason::TooLong);
+                    continue;
+                }
+                return Ok(number);
+            };
+            if !self.staging.has_room(self.queue.mirror.engine(), needed)? || !self.pass_limits(now, frame.length()) {
+                return Ok(number);
+            }
+            self.fill(frame, chains)?;
+            count(&self.queue.counters.net, &frame.header, frame.bytes(), frame.length());
+        }
+        Ok(frames.len())
+    }
+}
+
+impl<E: DmaEngine> NetLane for ReceiveLane<E> {
+    fn role(&self) -> NetRole {
+        NetRole::Receive(self.pair)
+    }
+
+    #[inline]
+    fn turn(&mut self, now: Moment, chains_max: u16, channel: Option<&mut (dyn NetChannel + 'static)>) -> bool {
+        if !self.queue.begin_turn() {
+            return false;
+        }
+        let epoch = self.shared.epoch();
+        if self.epoch != Some(epoch)
+            && let Some(channel) = channel
+        {
+            self.follow(epoch, channel);
+        }
+        if self.throttled_until.is_some_and(|until| until <= now) {
+            self.throttled_until = None;
+        }
+        let worked = self.work(chains_max);
+        self.queue.end_turn(worked)
+    }
+
+    #[inline]
+    fn takes_frames(&self) -> bool {
+        self.queue.state == State::Running
+            && self.throttled_until.is_none()
+            && self.epoch.is_some()
+            && (self.waiting() > 0 || !self.open)
+    }
+
+    #[inline]
+    fn deliver(&mut self, now: Moment, frames: &[Incoming]) -> usize {
+        match self.take(now, frames) {
+            Ok(count) => count,
+            Err(fault) => {
+                self.queue.fail(fault);
+                // Nobody will take them.
+                frames.len()
+            }
+        }
+    }
+}
+
+impl<E: DmaEngine> Lane for ReceiveLane<E> {
+    #[inline]
+    fn finish_turn(&mut self, _now: Moment) -> bool {
+        if self.publishing == 0 && self.queue.is_publishing() {
+            self.publishing = self.filled.wrapping_sub(self.retired);
+        }
+        let published = self.queue.publish();
+        if published == Published::Batch {
+            self.retired = self.retired.wrapping_add(std::mem::take(&mut self.publishing));
+        }
+        let did = published != Published::Nothing;
+        if did {
+            let waiting = self.waiting();
+            self.queue.count(waiting);
+        }
+        did
+    }
+
+    fn arm(&mut self) -> Option<bool> {
+        // With buffers at hand it needs no doorbell: the network wakes it.
+        let blocked = self.waiting() > 0;
+        let waiting = self.waiting();
+        self.queue.arm(false, blocked, waiting)
+    }
+
+    fn doorbell_fd(&self) -> Option<RawFd> {
+        self.queue.doorbell_fd()
+    }
+
+    fn take_doorbell(&mut self) {
+        self.queue.take_doorbell();
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        self.throttled_until
+    }
+
+    fn stop(&mut self, now: Moment) {
+        self.queue.stop(now);
+    }
+
+    fn is_stopped(&mut self, _now: Moment) -> bool {
+        !matches!(self.queue.state, State::Stopping(_)) || self.queue.is_at_rest()
+    }
+
+    fn position(&self) -> QueuePosition {
+        // Buffers that were fetched and not filled are fetched again.
+        self.queue.mirror.position_before(self.waiting())
+    }
+
+    fn has_parked(&self) -> bool {
+        false
+    }
+
+    fn resume(&mut self, start: QueueStart) {
+        self.queue.resume(start.port);
+    }
+
+    fn abandon(&mut self) {
+        (self.filled, self.retired) = (self.popped, self.popped);
+        self.publishing = 0;
+        self.queue.abandon();
+    }
+
+    fn is_let_go(&mut self) -> bool {
+        self.queue.mirror.engine().is_idle()
+    }
+
+    fn is_drained(&mut self) -> bool {
+        self.queue.mirror.engine().is_idle()
+    }
+
+    fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
+        let may = self.queue.may_change_memory(false);
+        if may {
+            self.queue.mirror.set_memory(Arc::clone(memory));
+        }
+        may
+    }
+
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        self.queue.mirror.engine().let_go(removed)
+    }
+}

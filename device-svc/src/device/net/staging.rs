@@ -1,0 +1,77 @@
+//! Bytes of frames on their way from a channel to a VM's buffers.
+//!
+//! Where the VM's memory is mapped they are copied straight into it. Where copies land late a frame may be gone from its channel by
+//! then, so its bytes wait in card memory: a stretch that is filled from the front, and from the front again once all has landed.
+#![expect(unsafe_code, reason = "copies bytes into memory that is lent by a VM")]
+
+use crate::address::{CardAddress, Iova};
+use crate::device::QueueFault;
+use crate::dma::{Direction, DmaEngine, Ticket};
+use crate::mirror::CardLayout;
+
+/// Card memory for what waits: four of the longest frames.
+const STAGING_BYTES: u32 = 256 << 10;
+
+/// The stretch of card memory, and what is lent at the moment.
+#[derive(Debug)]
+pub(super) struct Staging {
+    start: CardAddress,
+    bytes: u32,
+    filled: u32,
+    last: Ticket,
+    lent: Vec<libc::iovec>,
+}
+
+// SAFETY: `lent` holds addresses only within one call of `put`.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    /// Takes what an engine of this kind needs from the card memory.
+    pub(super) fn new<E: DmaEngine>(layout: &mut CardLayout) -> Self {
+        let bytes = if direct::<E>() { 0 } else { STAGING_BYTES };
+        let start = layout.take(bytes);
+        Self { start, bytes, filled: 0, last: Ticket(0), lent: Vec::with_capacity(4) }
+    }
+
+    /// Whether so many bytes can be put now, as well as what was put before.
+    pub(super) fn has_room<E: DmaEngine>(&mut self, engine: &mut E, bytes: u32) -> Result<bool, QueueFault> {
+        if direct::<E>() {
+            return Ok(true);
+        }
+        if self.filled > 0 && engine.landed()? >= self.last {
+            self.filled = 0;
+        }
+        Ok(bytes <= self.bytes - self.filled)
+    }
+
+    /// Brings bytes to the VM, behind all that was brought before. There is room: see [`has_room`](Self::has_room).
+    #[inline]
+    pub(super) fn put<E: DmaEngine>(&mut self, engine: &mut E, bytes: &[u8], to: Iova) -> Result<(), QueueFault> {
+        let length = bytes.len() as u32;
+        if !direct::<E>() {
+            let at = self.start.add(self.filled);
+            engine.card().copy_in(at, bytes);
+            engine.write(at, to, length)?;
+            self.filled += length;
+            self.last = engine.queued();
+            return Ok(());
+        }
+        self.lent.clear();
+        engine.lend(to, length, Direction::ToHost, &mut self.lent)?;
+        let mut done = 0;
+        for run in &self.lent {
+            // SAFETY: `lend` appended mapped ranges of the VM's memory that add up to the length of `bytes`; they are given back
+            // below. The VM's memory and the channel's never overlap.
+            unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), run.iov_base.cast(), run.iov_len) };
+            done += run.iov_len;
+        }
+        debug_assert_eq!(done, bytes.len(), "what is lent is as long as was asked for");
+        engine.give_back(to, length, true);
+        Ok(())
+    }
+}
+
+/// Whether bytes go straight to the VM.
+const fn direct<E: DmaEngine>() -> bool {
+    E::LENDS && !E::LATE
+}

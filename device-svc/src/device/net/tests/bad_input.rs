@@ -1,0 +1,122 @@
+//! What a driver must not do, and what comes of it.
+
+use super::*;
+use crate::address::Iova;
+use crate::driver::Buffer;
+use crate::metrics::DropReason;
+
+const PEER: Octets = [0x52, 0x54, 0, 9, 9, 9];
+
+/// Turns until a queue has failed; returns which, and why.
+fn failure(bed: &mut Bed) -> (u16, QueueFault) {
+    bed.until("fault", |bed| bed.faults.0.lock().unwrap().first().copied())
+}
+
+#[test]
+fn frames_that_ask_for_what_was_not_negotiated_are_dropped() {
+    let mut bed = Bed::new(&Shape::new());
+    bed.receive.add_buffers(8, 1);
+    let needs_checksum = FrameHeader { flags: 1, checksum_start: 14, checksum_offset: 2, ..FrameHeader::default() };
+    let cut = FrameHeader { gso_type: 1, segment_bytes: 1000, ..needs_checksum };
+    for header in [needs_checksum, cut, FrameHeader { gso_type: 77, ..FrameHeader::default() }] {
+        assert!(bed.transmit.send(header, &frame_to(PEER, 100, 1), &[]));
+    }
+    assert!(bed.transmit.send(FrameHeader::default(), &frame_to(PEER, 100, 1)[..13], &[]), "no Ethernet header");
+    assert!(bed.transmit.send(FrameHeader::default(), &frame_to(PEER, 9018, 1), &[]));
+    assert_eq!(bed.frame().1, looped(&frame_to(PEER, 9018, 1)), "those beside them are sent");
+    assert_eq!(bed.drops(1, DropReason::BadHeader), 4);
+    assert!(bed.faults.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_frame_over_the_mtu_is_dropped() {
+    let mut shape = Shape::new();
+    shape.settings.mtu = 1500;
+    let mut bed = Bed::new(&shape);
+    bed.receive.add_buffers(4, 1);
+    bed.send(&frame_to(PEER, 1519, 1));
+    bed.send(&frame_to(PEER, 1518, 2));
+    assert_eq!(bed.frame().1, looped(&frame_to(PEER, 1518, 2)));
+    assert_eq!(bed.drops(1, DropReason::TooLong), 1);
+    // The operator changes it while it runs.
+    bed.shared.set_mtu(1000);
+    assert_eq!(bed.shared.config_space()[10..12], 1000_u16.to_le_bytes());
+    bed.send(&frame_to(PEER, 1019, 3));
+    assert_eq!(bed.drops(1, DropReason::TooLong), 2);
+}
+
+#[test]
+fn a_buffer_outside_memory_stops_the_queue() {
+    let nowhere = |writable| Buffer { address: Iova(1 << 40), length: 2048, writable };
+    for late in [None, Some(5)] {
+        let shape = Shape { late, ..Shape::new() };
+        let mut bed = Bed::new(&shape);
+        assert!(bed.transmit.queue().add(&[nowhere(false)], 0));
+        assert!(matches!(failure(&mut bed), (1, QueueFault::Unmapped(_))));
+        let mut bed = Bed::new(&shape);
+        assert!(bed.receive.queue().add(&[nowhere(true)], 0));
+        bed.send(&frame_to(PEER, 60, 1));
+        assert!(matches!(failure(&mut bed), (0, QueueFault::Unmapped(_))));
+        let mut bed = Bed::new(&shape);
+        assert!(bed.commands.queue().add(&[nowhere(false), nowhere(true)], 0));
+        assert!(matches!(failure(&mut bed), (2, QueueFault::Unmapped(_))));
+    }
+}
+
+#[test]
+fn a_chain_of_the_wrong_kind_stops_the_queue() {
+    let buffer = |length, writable| Buffer { address: Iova(0x1_0000), length, writable };
+    let cases: [(usize, &[Buffer]); 6] = [
+        (0, &[buffer(2048, false)]),
+        (0, &[buffer(11, true)]),
+        (1, &[buffer(2048, true)]),
+        (1, &[buffer(11, false)]),
+        (1, &[buffer(64, false), buffer(64, true)]),
+        (2, &[buffer(64, false)]),
+    ];
+    for (queue, chain) in cases {
+        let mut bed = Bed::new(&Shape::new());
+        let driver = [bed.receive.queue(), bed.transmit.queue(), bed.commands.queue()].into_iter().nth(queue).unwrap();
+        assert!(driver.add(chain, 0));
+        let (failed, fault) = failure(&mut bed);
+        assert_eq!((usize::from(failed), matches!(fault, QueueFault::Request(_))), (queue, true), "{chain:?}");
+        // It is over for that queue, and for none of the others.
+        bed.turn();
+        assert_eq!(bed.faults.0.lock().unwrap().len(), 1);
+        if queue != 2 {
+            assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_RX, spec::VIRTIO_NET_CTRL_RX_PROMISC, &[0]), 0);
+        }
+    }
+}
+
+/// A reset in the middle of everything: lanes let go of the memory, and nothing of them is published any more.
+#[test]
+fn an_abandoned_queue_lets_go() {
+    for late in [None, Some(9)] {
+        let mut bed = Bed::new(&Shape { late, ..Shape::new() });
+        bed.receive.add_buffers(30, 1);
+        for number in 0..30 {
+            bed.transmit.send(FrameHeader::default(), &frame_to(PEER, 500 * (1 + number as usize % 9), number), &[]);
+        }
+        bed.publish();
+        bed.turn();
+        bed.turn();
+        for lane in &mut bed.lanes {
+            lane.abandon();
+        }
+        for _ in 0..1000 {
+            bed.turn();
+            if bed.lanes.iter_mut().all(|lane| lane.is_let_go() && lane.is_drained()) {
+                break;
+            }
+        }
+        assert!(bed.lanes.iter_mut().all(|lane| lane.is_let_go() && lane.is_drained()));
+        bed.transmit.reap();
+        while bed.receive.take().is_some() {}
+        for _ in 0..100 {
+            bed.turn();
+        }
+        assert_eq!(bed.transmit.reap(), 0, "nothing more is published");
+        assert!(bed.receive.take().is_none());
+    }
+}

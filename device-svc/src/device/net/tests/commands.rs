@@ -1,0 +1,155 @@
+//! What the driver says on the control queue, and what it changes.
+
+use super::*;
+use crate::metrics::DropReason;
+
+const OK: u8 = spec::VIRTIO_NET_OK as u8;
+const REFUSED: u8 = spec::VIRTIO_NET_ERR as u8;
+const OTHER: Octets = [0x52, 0x54, 0, 7, 7, 7];
+const GROUP: Octets = [0x33, 0x33, 0, 0, 0, 1];
+const EVERYBODY: Octets = [0xff; 6];
+
+fn tables(named: &[Octets], groups: &[Octets]) -> Vec<u8> {
+    let table = |list: &[Octets]| [&(list.len() as u32).to_le_bytes()[..], &list.concat()].concat();
+    [table(named), table(groups)].concat()
+}
+
+/// Whether a frame to that address is brought: the loop swaps the addresses, so it is sent as if from there.
+#[track_caller]
+fn is_brought(bed: &mut Bed, destination: Octets, tag: Option<u16>) -> bool {
+    let mut frame = frame_to([2, 2, 2, 2, 2, 2], 80, 1);
+    frame[6..12].copy_from_slice(&destination);
+    if let Some(tag) = tag {
+        frame[12..14].copy_from_slice(&[0x81, 0]);
+        frame[14..16].copy_from_slice(&tag.to_be_bytes());
+    }
+    bed.receive.add_buffers(1, 1);
+    let before = bed.drops(0, DropReason::NotForUs);
+    bed.send(&frame);
+    let mut come = None;
+    bed.until("frame or drop", |bed| {
+        come = bed.receive.take();
+        (come.is_some() || bed.drops(0, DropReason::NotForUs) > before).then_some(())
+    });
+    come.is_some()
+}
+
+#[test]
+fn the_filter_brings_what_the_driver_asked_for() {
+    for late in [None, Some(3)] {
+        let mut bed = Bed::new(&Shape { late, ..Shape::new() });
+        let rx = spec::VIRTIO_NET_CTRL_RX;
+        assert!(is_brought(&mut bed, OTHER, None), "until the driver says something all are brought");
+        assert_eq!(bed.command(rx, spec::VIRTIO_NET_CTRL_RX_PROMISC, &[0]), OK);
+        let kinds = [(MAC, true), (OTHER, false), (GROUP, false), (EVERYBODY, true)];
+        for (address, brought) in kinds {
+            assert_eq!(is_brought(&mut bed, address, None), brought, "{address:x?}");
+        }
+        let table = spec::VIRTIO_NET_CTRL_MAC_TABLE_SET;
+        assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_MAC, table, &tables(&[OTHER], &[GROUP])), OK);
+        assert!(is_brought(&mut bed, OTHER, None) && is_brought(&mut bed, GROUP, None));
+        assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_MAC, table, &tables(&[], &[])), OK);
+        for (command, address, brought) in [
+            (spec::VIRTIO_NET_CTRL_RX_ALLMULTI, GROUP, true),
+            (spec::VIRTIO_NET_CTRL_RX_ALLUNI, OTHER, true),
+            (spec::VIRTIO_NET_CTRL_RX_NOMULTI, GROUP, false),
+            (spec::VIRTIO_NET_CTRL_RX_NOUNI, MAC, false),
+            (spec::VIRTIO_NET_CTRL_RX_NOBCAST, EVERYBODY, false),
+        ] {
+            let before = is_brought(&mut bed, address, None);
+            assert_eq!(bed.command(rx, command, &[1]), OK);
+            assert_eq!(is_brought(&mut bed, address, None), brought, "command {command}");
+            assert_eq!(bed.command(rx, command, &[0]), OK);
+            assert_eq!(is_brought(&mut bed, address, None), before, "command {command} taken back");
+        }
+        // More than are kept: all of that kind.
+        let many: Vec<Octets> = (0..65).map(|number| [2, 0, 0, 0, 1, number]).collect();
+        assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_MAC, table, &tables(&many, &[])), OK);
+        assert!(is_brought(&mut bed, OTHER, None) && !is_brought(&mut bed, GROUP, None));
+        // Another address of its own.
+        assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_MAC, table, &tables(&[], &[])), OK);
+        assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_MAC, spec::VIRTIO_NET_CTRL_MAC_ADDR_SET, &OTHER), OK);
+        assert!(is_brought(&mut bed, OTHER, None) && !is_brought(&mut bed, MAC, None));
+        assert_eq!(bed.shared.config_space()[..6], OTHER);
+    }
+}
+
+#[test]
+fn vlans_are_filtered_from_the_first_that_is_named_on() {
+    let mut bed = Bed::new(&Shape::new());
+    assert!(is_brought(&mut bed, MAC, Some(5)));
+    let vlan = |number: u16| number.to_le_bytes();
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_VLAN, spec::VIRTIO_NET_CTRL_VLAN_ADD, &vlan(5)), OK);
+    for (tag, brought) in [(Some(5), true), (Some(0xe005), true), (Some(6), false), (Some(0), true), (None, true)] {
+        assert_eq!(is_brought(&mut bed, MAC, tag), brought, "{tag:?}");
+    }
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_VLAN, spec::VIRTIO_NET_CTRL_VLAN_DEL, &vlan(5)), OK);
+    assert!(!is_brought(&mut bed, MAC, Some(5)));
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_VLAN, spec::VIRTIO_NET_CTRL_VLAN_ADD, &vlan(4096)), REFUSED);
+}
+
+#[test]
+fn a_pair_that_the_driver_does_not_use_brings_nothing() {
+    let mut shape = Shape::new();
+    shape.settings.pairs = 4;
+    // The control queue is behind all pairs once there may be several; here the first three queues are wired.
+    shape.wanted &= !(1 << spec::VIRTIO_NET_F_MQ);
+    let bed = Bed::new(&shape);
+    assert_eq!(bed.shared.control_queue(1 << spec::VIRTIO_NET_F_MQ), Some(8));
+    assert_eq!(bed.shared.control_queue(0), Some(2));
+    assert_eq!(bed.shared.role(2, 0), NetRole::Control);
+    assert_eq!(bed.shared.role(2, 1 << spec::VIRTIO_NET_F_MQ), NetRole::Receive(1));
+    assert_eq!(bed.shared.chosen().pairs, 1);
+}
+
+#[test]
+fn an_announcement_is_asked_for_until_it_is_acknowledged() {
+    let mut bed = Bed::new(&Shape::new());
+    assert!(bed.shared.announce());
+    assert_eq!(bed.shared.config_space()[6], 3, "the link is up, and the driver shall announce itself");
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_ANNOUNCE, spec::VIRTIO_NET_CTRL_ANNOUNCE_ACK, &[]), OK);
+    assert_eq!(bed.shared.config_space()[6], 1);
+}
+
+#[test]
+fn a_reset_forgets_what_the_driver_chose() {
+    let mut bed = Bed::new(&Shape::new());
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_RX, spec::VIRTIO_NET_CTRL_RX_PROMISC, &[0]), OK);
+    assert!(!is_brought(&mut bed, OTHER, None));
+    bed.shared.announce();
+    bed.shared.reset();
+    assert!(is_brought(&mut bed, OTHER, None));
+    assert_eq!(bed.shared.config_space()[6], 1);
+}
+
+#[test]
+fn what_is_not_a_command_is_refused_and_changes_nothing() {
+    let mut bed = Bed::new(&Shape::new());
+    let before = bed.shared.chosen();
+    let long = vec![0; 5000];
+    let cases: [(u32, u32, &[u8]); 16] = [
+        (spec::VIRTIO_NET_CTRL_RX, 0, &[]),
+        (spec::VIRTIO_NET_CTRL_RX, 0, &[2]),
+        (spec::VIRTIO_NET_CTRL_RX, 0, &[0, 0]),
+        (spec::VIRTIO_NET_CTRL_RX, 6, &[0]),
+        (spec::VIRTIO_NET_CTRL_MAC, 0, &[]),
+        (spec::VIRTIO_NET_CTRL_MAC, 0, &[1, 0, 0, 0]),
+        (spec::VIRTIO_NET_CTRL_MAC, 0, &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]),
+        (spec::VIRTIO_NET_CTRL_MAC, 0, &[0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        (spec::VIRTIO_NET_CTRL_MAC, 0, &long),
+        (spec::VIRTIO_NET_CTRL_MAC, 1, &[1, 2, 3, 4, 5]),
+        (spec::VIRTIO_NET_CTRL_MAC, 1, &GROUP),
+        (spec::VIRTIO_NET_CTRL_VLAN, 2, &[1, 0]),
+        (spec::VIRTIO_NET_CTRL_ANNOUNCE, 1, &[]),
+        // With one pair there is no choice to make, and without offloads none of them.
+        (spec::VIRTIO_NET_CTRL_MQ, 0, &[1, 0]),
+        (spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS, 0, &[0; 8]),
+        (99, 0, &[0]),
+    ];
+    for (class, command, data) in cases {
+        assert_eq!(bed.command(class, command, data), REFUSED, "{class} {command} {:x?}", &data[..data.len().min(9)]);
+    }
+    assert_eq!(bed.shared.chosen(), before);
+    assert_eq!(bed.counters[2].errors.get(), 16);
+    assert!(bed.faults.0.lock().unwrap().is_empty());
+}
