@@ -21,7 +21,7 @@ use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::attack::{ATTACKS, Attack, Outcome, good};
-use super::guest::{Guest, Ring, Share};
+use super::guest::{Guest, NO_STATUS, Ring, Share};
 use super::random::Random;
 use super::wire::Message;
 use super::{End, Events, Misdeed, Told, again, judge, judge_truncation, wait_for};
@@ -337,12 +337,12 @@ impl Conversation {
 
     /// A driver that does not keep to the order of things (virtio 1.3, 3.1.1), and then one that does.
     fn steps(&mut self) -> Result<(), End> {
-        let guest = Guest::new(&mut self.random, &FILE_OFFSETS)?;
+        let mut guest = Guest::new(&mut self.random, &FILE_OFFSETS)?;
         let events = Events::new()?;
         self.greet()?;
         self.share(&guest, None)?;
         let [table, driver, device] = Ring::areas(&guest);
-        let way = self.random.below(7);
+        let way = self.random.below(8);
         self.told.about = format!("steps left out: {way}");
         match way {
             0 => {
@@ -401,6 +401,24 @@ impl Conversation {
                 }
                 self.told.faults += 1;
                 self.insist(&Self::map(&guest.shares[0], true)?)?;
+            }
+            6 => {
+                // A queue that is right, and one that cannot start: the function stops as a whole.
+                let accepted = self.negotiate()?;
+                let mut ring = self.ring(&guest, accepted);
+                self.describe(0, ring.size, [table, driver, device])?;
+                self.describe(1, 16, [guest.end(), driver, device])?;
+                self.set_status(DRIVER_OK, DRIVER_OK | NEEDS_RESET)?;
+                self.told.faults += 1;
+                let outcome = good(&mut guest, &mut ring);
+                for _ in 0..8 {
+                    self.wait_for(&guest, 0, Outcome::Any)?;
+                }
+                if let Outcome::Status(at, _) = outcome
+                    && guest.byte(at) != NO_STATUS
+                {
+                    return Err(End::Owes("a function that needs a reset goes on".to_owned()));
+                }
             }
             _ => {
                 let accepted = self.negotiate()?;

@@ -187,6 +187,8 @@ impl ShownFunction {
         if let Err(why) = self.start(number, registers, accepted) {
             tracing::warn!(function = %self.name, queue = number, %why, "a queue cannot start; the function needs a reset");
             self.shown.needs_reset(Some(number));
+            // Those that run already stop too: none is live any more.
+            self.settle();
         }
     }
 
