@@ -14,7 +14,7 @@ use device_svc::backend::ram::{RamBackend, RamSettings};
 use device_svc::backend::{BlockBackend, BlockChannel, Completion};
 use device_svc::clock::Moment;
 use device_svc::device::blk::{BlkLane, BlkSettings, BlkShared};
-use device_svc::device::{FaultReport, Lane, QueueFault};
+use device_svc::device::{BlockLane, FaultReport, Lane, QueueFault};
 use device_svc::dma::{CopyEngine, HostMemory, Mapping, Region};
 use device_svc::driver::GuestMemory;
 use device_svc::link::{QueuePort, QueuePosition, QueueStart};
