@@ -106,7 +106,8 @@ impl Drop for Served {
 fn a_card_from_start_to_end() {
     let served = Served::start(&[], &[]);
     let folder = served.path().display();
-    let expected = format!("ready: control unix:{folder}/card.sock, volumes 1, functions 1, metrics http://127.0.0.1:");
+    let expected =
+        format!("ready: control unix:{folder}/card.sock, volumes 1, uplinks 0, functions 1, metrics http://127.0.0.1:");
     assert!(served.ready.starts_with(&expected), "{}", served.ready);
     let ask = |arguments: &[&str]| said(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
     let no = |arguments: &[&str]| refused(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
@@ -142,6 +143,67 @@ fn a_card_from_start_to_end() {
 
     let second = refused(&["serve", "--config", "dray.toml"], served.path());
     assert!(second.contains("card.sock is in use by a running service"), "{second}");
+    served.end(Signal::SIGTERM);
+}
+
+#[test]
+fn what_is_set_and_what_is_not() {
+    let served = Served::start(&[], &[]);
+    let ask = |arguments: &[&str]| said(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
+    let no = |arguments: &[&str]| refused(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
+    assert!(ask(&["function", "set", "f", "--limit", "iops=5"]).contains("limit           iops=5,burst=1s"));
+    assert!(ask(&["function", "set-limit", "f", "--limit", "iops=6"]).contains("limit           iops=6,burst=1s"));
+    assert_eq!(
+        no(&["function", "set", "f", "--link", "down"]),
+        "function \"f\": only a function of type \"net\" has a link that can be set"
+    );
+    assert_eq!(
+        no(&["function", "set", "f", "--mtu", "1400", "--limit", "iops=7"]),
+        "function \"f\": `mtu`: only a function of type \"net\" has it; remove it"
+    );
+    assert_eq!(
+        no(&["function", "set", "f", "--limit", "packets=7"]),
+        "function \"f\": limit: `packets`: only the limit of a function of type \"net\" has it; write `iops`"
+    );
+    assert_eq!(
+        no(&["function", "set", "g", "--link", "up"]),
+        "there is no function \"g\"; `device-svc function list` shows all"
+    );
+    // What was refused changed nothing.
+    let shown: serde_json::Value = serde_json::from_str(&ask(&["function", "show", "f", "--json"])).unwrap();
+    assert_eq!(shown["limit"]["iops"], 6);
+    // Nothing to change, or no state of a link.
+    assert_eq!(program(&["function", "set", "f"], served.path()).status.code(), Some(2));
+    assert_eq!(program(&["function", "set", "f", "--link", "sideways"], served.path()).status.code(), Some(2));
+    served.end(Signal::SIGTERM);
+}
+
+#[test]
+fn uplinks_that_are_not_there() {
+    let served = Served::start(&[], &[]);
+    let ask = |arguments: &[&str]| said(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
+    let no = |arguments: &[&str]| refused(&[arguments, &["--control", "unix:card.sock"]].concat(), served.path());
+    assert_eq!(ask(&["uplink", "list"]), "NAME  CARRIER  MTU-MAX  BACKEND  FUNCTIONS\n");
+    assert_eq!(ask(&["uplink", "list", "--json"]), "[]\n");
+    let none = "there is no uplink \"u\"; `device-svc uplink list` shows all";
+    assert_eq!(no(&["uplink", "show", "u"]), none);
+    assert_eq!(no(&["uplink", "delete", "u"]), none);
+    let link = "vhost-user,socket=n.sock";
+    let function = ["function", "create", "--type", "net", "--name", "n", "--uplink", "u", "--link", link];
+    assert_eq!(no(&function), none);
+    assert_eq!(
+        no(&["function", "create", "--type", "net", "--name", "n", "--volume", "scratch", "--link", link]),
+        "function \"n\": `volume`: only a function of type \"blk\" has it; give an `uplink`"
+    );
+    assert_eq!(
+        no(&["function", "create", "--name", "n", "--link", link]),
+        "function \"n\": `volume` is missing; add `volume = \"…\"`, the name of a volume"
+    );
+    assert_eq!(
+        no(&["uplink", "create", "--name", "u", "--backend", "tap"]),
+        "uplink \"u\": backend: `name` is missing; add `name = \"dray0\"`, the interface"
+    );
+    assert!(!served.path().join("n.sock").exists());
     served.end(Signal::SIGTERM);
 }
 
@@ -317,6 +379,25 @@ fn a_good_configuration_is_shown() {
         serde_json::from_str(&said(&["validate", "--json", "--config", "dray.toml"], folder.path())).unwrap();
     assert_eq!(shown["volumes"][0]["serial"].as_str().unwrap().len(), 20);
     assert_eq!(shown["functions"][0]["volume"], "scratch");
+
+    let net = format!(
+        "{CONFIG}\n[[uplink]]\nname = \"lan\"\nbackend = {{ type = \"tap\", name = \"dray0\" }}\n[[function]]\nname = \"n\"\n\
+         type = \"net\"\nuplink = \"lan\"\nlink = {{ type = \"vfio-user\", socket = \"n.sock\" }}\n"
+    );
+    std::fs::write(folder.path().join("dray.toml"), net).unwrap();
+    let shown: serde_json::Value =
+        serde_json::from_str(&said(&["validate", "--json", "--config", "dray.toml"], folder.path())).unwrap();
+    assert_eq!(shown["uplinks"], serde_json::json!([{ "name": "lan", "backend": "tap,name=dray0" }]));
+    let function = &shown["functions"][1];
+    assert_eq!(
+        (&function["uplink"], &function["mtu"], &function["queue-pairs"]),
+        (&"lan".into(), &1500.into(), &1.into())
+    );
+    // An address that was not given is shown, and stays.
+    let text = said(&["validate", "--config", "dray.toml"], folder.path());
+    assert!(text.contains("uplink lan: tap,name=dray0\n"), "{text}");
+    let mac = function["mac"].as_str().unwrap();
+    assert!(text.contains(&format!("function n: uplink lan, mac {mac}, mtu 1500, socket ")), "{text}");
 }
 
 #[test]
@@ -344,7 +425,9 @@ fn help_and_completion() {
     let folder = tempfile::tempdir().unwrap();
     let help = said(&["--help"], folder.path());
     assert!(help.contains("Exit status:") && help.contains("Files:"), "{help}");
-    assert!(said(&["volume", "create", "--help"], folder.path()).contains("Examples:"));
+    for command in [["volume", "create"], ["uplink", "create"], ["function", "create"], ["function", "set"]] {
+        assert!(said(&[&command[..], &["--help"]].concat(), folder.path()).contains("Examples:"), "{command:?}");
+    }
     for shell in ["bash", "zsh", "fish"] {
         assert!(said(&["completion", shell], folder.path()).contains("device-svc"));
     }

@@ -36,8 +36,8 @@ pub(crate) enum Command {
     /// Follow what happens to the card's functions, until interrupted
     ///
     /// Says first which functions there are, then each event: created, deleted, attached, detached, needs-reset,
-    /// recovered, resized. When the card goes away it is waited for, and following goes on where it was; if events were
-    /// missed meanwhile, that is said, and the functions are listed anew.
+    /// recovered, resized, link-up, link-down. When the card goes away it is waited for, and following goes on where it
+    /// was; if events were missed meanwhile, that is said, and the functions are listed anew.
     Follow(Ask),
     /// Print a completion script for a shell
     Completion {

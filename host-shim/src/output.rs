@@ -24,11 +24,23 @@ fn state(function: &FunctionView) -> &'static str {
     }
 }
 
+/// Whether a network interface's link is up; `None` for a disk.
+fn link_state(function: &FunctionView) -> Option<&'static str> {
+    let link = function.link_state.as_ref()?;
+    Some(if link.set_up && link.carrier { "up" } else { "down" })
+}
+
 fn view(function: &FunctionView) -> Value {
-    json!({
-        "name": function.name, "type": function.r#type, "state": state(function), "link": function.link,
-        "volume-uuid": function.volume_uuid, "serial": function.serial, "size-bytes": function.size_bytes,
-    })
+    let (name, kind, state, link) = (&function.name, &function.r#type, state(function), &function.link);
+    match link_state(function) {
+        None => json!({
+            "name": name, "type": kind, "state": state, "link": link,
+            "volume-uuid": function.volume_uuid, "serial": function.serial, "size-bytes": function.size_bytes,
+        }),
+        Some(link_state) => json!({
+            "name": name, "type": kind, "state": state, "link": link, "mac": function.mac, "link-state": link_state,
+        }),
+    }
 }
 
 /// All functions.
@@ -37,14 +49,18 @@ pub(crate) fn list(functions: &[FunctionView], json: bool) -> String {
         let all = Value::Array(functions.iter().map(view).collect());
         return format!("{all:#}\n");
     }
-    let head = ["NAME", "TYPE", "STATE", "SERIAL", "SIZE", "LINK"].map(str::to_owned);
+    let head = ["NAME", "TYPE", "STATE", "SERIAL", "SIZE", "MAC", "LINK"].map(str::to_owned);
     let rows = functions.iter().map(|function| {
-        let (kind, serial) = (function.r#type.clone(), function.serial.clone());
-        let size = function.size_bytes.to_string();
-        [function.name.clone(), kind, state(function).to_owned(), serial, size, function.link.clone()]
+        let none = || "-".to_owned();
+        let (serial, size, mac) = match link_state(function) {
+            None => (function.serial.clone(), function.size_bytes.to_string(), none()),
+            Some(_) => (none(), none(), function.mac.clone()),
+        };
+        let (name, kind, link) = (function.name.clone(), function.r#type.clone(), function.link.clone());
+        [name, kind, state(function).to_owned(), serial, size, mac, link]
     });
-    let rows: Vec<[String; 6]> = std::iter::once(head).chain(rows).collect();
-    let mut widths = [0; 6];
+    let rows: Vec<[String; 7]> = std::iter::once(head).chain(rows).collect();
+    let mut widths = [0; 7];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -66,7 +82,11 @@ pub(crate) fn present(function: &FunctionView, json: bool) -> String {
         value["event"] = "present".into();
         return format!("{value}\n");
     }
-    format!("present {} ({}, {}, serial {})\n", function.name, state(function), function.link, function.serial)
+    let identity = match link_state(function) {
+        None => format!("serial {}", function.serial),
+        Some(link_state) => format!("mac {}, link {link_state}", function.mac),
+    };
+    format!("present {} ({}, {}, {identity})\n", function.name, state(function), function.link)
 }
 
 /// One event.
@@ -80,12 +100,17 @@ pub(crate) fn event(event: &Event, json: bool) -> String {
         EventKind::NeedsReset => "needs-reset",
         EventKind::Recovered => "recovered",
         EventKind::Resized => "resized",
+        EventKind::LinkUp => "link-up",
+        EventKind::LinkDown => "link-down",
     };
     if json {
         let mut value = json!({
             "event": kind, "function": event.function, "sequence": event.sequence, "unix-ms": event.unix_ms,
-            "volume-uuid": event.volume_uuid,
         });
+        // A network interface has none.
+        if !event.volume_uuid.is_empty() {
+            value["volume-uuid"] = event.volume_uuid.clone().into();
+        }
         if event.size_bytes != 0 {
             value["size-bytes"] = event.size_bytes.into();
         }

@@ -10,6 +10,7 @@ use crate::process::Process;
 pub struct Card {
     process: Process,
     folder: tempfile::TempDir,
+    log: String,
 }
 
 /// What a test's card has.
@@ -21,6 +22,8 @@ pub struct CardSettings {
     pub poll: String,
     /// `reactors.count`; 1 if empty.
     pub count: String,
+    /// `RUST_LOG`; as the tests' own if empty.
+    pub log: String,
 }
 
 impl Card {
@@ -40,11 +43,14 @@ impl Card {
         );
         let path = folder.path().join("card.toml");
         std::fs::write(&path, text.replace('@', &folder.path().display().to_string())).expect("the folder is writable");
-        Self { process: Self::serve(&path), folder }
+        Self { process: Self::serve(&path, &settings.log), folder, log: settings.log.clone() }
     }
 
-    fn serve(config: &Path) -> Process {
+    fn serve(config: &Path, log: &str) -> Process {
         let mut command = Command::new(crate::program("device-svc"));
+        if !log.is_empty() {
+            command.env("RUST_LOG", log);
+        }
         let mut process = Process::start(command.arg("serve").arg("--config").arg(config));
         process.wait_for_output("ready:");
         process
@@ -54,7 +60,7 @@ impl Card {
     pub fn restart(&mut self, signal: nix::sys::signal::Signal) {
         self.process.signal(signal);
         self.process.end();
-        self.process = Self::serve(&self.folder.path().join("card.toml"));
+        self.process = Self::serve(&self.folder.path().join("card.toml"), &self.log);
     }
 
     /// A path in the card's folder.
@@ -67,6 +73,12 @@ impl Card {
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Everything that the service has said.
+    #[must_use]
+    pub fn output(&self) -> String {
+        self.process.output()
     }
 
     /// The service's process.

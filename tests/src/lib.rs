@@ -14,7 +14,7 @@ mod testpmd;
 
 pub use capture::{Capture, Captured};
 pub use card::{Card, CardSettings};
-pub use guest::{GuestSettings, boot_guest, qmp, qmp_of};
+pub use guest::{GuestSettings, boot_guest, qmp, qmp_of, qmp_until};
 pub use iperf::{IperfReport, IperfServer};
 pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
@@ -70,6 +70,16 @@ pub fn rounds(default: u32, ci: u32, long: u32) -> u32 {
     } else {
         default
     }
+}
+
+/// Whether tests of several minutes shall run: only where the tests were told to run long.
+#[must_use]
+pub fn long() -> bool {
+    let long = std::env::var_os("DRAY_TEST_LONG").is_some();
+    if !long {
+        eprintln!("skipped: it takes minutes, and runs with tests/run --long");
+    }
+    long
 }
 
 /// A built program.

@@ -37,6 +37,7 @@ pub struct Process {
     output: Log,
     /// The threads that collect the output; each ends with its pipe.
     readers: Vec<JoinHandle<()>>,
+    patience: Duration,
 }
 
 /// What a program says, as it says it.
@@ -97,7 +98,14 @@ impl Process {
             })
         };
         let readers = pipes.into_iter().flatten().map(collect).collect();
-        Self { name, child, output, readers }
+        Self { name, child, output, readers, patience: PATIENCE }
+    }
+
+    /// The same program, which may take this long for what it is waited for.
+    #[must_use]
+    pub const fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Writes to its standard input.
@@ -141,7 +149,7 @@ impl Process {
                 self.end();
                 assert!(self.output().contains(text), "{} ended with {status}:\n{}", self.name, self.output());
             }
-            assert!(start.elapsed() < PATIENCE, "{} never said {text:?}:\n{}", self.name, self.output());
+            assert!(start.elapsed() < self.patience, "{} never said {text:?}:\n{}", self.name, self.output());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -154,7 +162,7 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Panics
-    /// When it does not end in two minutes.
+    /// When it does not end in two minutes, or how long it may take.
     pub fn end(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
@@ -165,7 +173,7 @@ impl Process {
                 }
                 return status;
             }
-            assert!(start.elapsed() < PATIENCE, "{} does not end:\n{}", self.name, self.output());
+            assert!(start.elapsed() < self.patience, "{} does not end:\n{}", self.name, self.output());
             std::thread::sleep(Duration::from_millis(5));
         }
     }

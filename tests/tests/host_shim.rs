@@ -87,8 +87,8 @@ fn functions_are_listed_for_people_and_for_programs() {
     let text = said(&["list"]);
     let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
     let link = format!("vhost-user:{}", card.path("f.sock").display());
-    assert_eq!(lines[0], ["NAME", "TYPE", "STATE", "SERIAL", "SIZE", "LINK"]);
-    assert_eq!(lines[1], ["f", "blk", "waiting", "7f1c1d5e8b0a4c7e9a55", "1048576", &link]);
+    assert_eq!(lines[0], ["NAME", "TYPE", "STATE", "SERIAL", "SIZE", "MAC", "LINK"]);
+    assert_eq!(lines[1], ["f", "blk", "waiting", "7f1c1d5e8b0a4c7e9a55", "1048576", "-", &link]);
     assert_eq!(lines.len(), 2);
 
     let client = Client::connect(&card.path("f.sock"), ClientSettings::default()).unwrap();

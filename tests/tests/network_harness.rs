@@ -181,14 +181,8 @@ fn two_guests_behind_taps_of_qemu_reach_a_namespace_and_one_another() {
         let device = format!("virtio-net-pci,netdev=n0,mac=52:54:00:00:00:0{number}");
         let arguments = ["-netdev", &netdev, "-device", &device];
         let name = format!("guest{number}");
-        GuestSettings {
-            folder: folder.path(),
-            name: &name,
-            job: &job,
-            arguments: &arguments,
-            namespace: Some(&namespace),
-        }
-        .boot()
+        let settings = GuestSettings::new(folder.path(), &job, &arguments);
+        GuestSettings { name: &name, namespace: Some(&namespace), ..settings }.boot()
     };
     let server = boot(0, "iperf3 --server --one-off");
     let client = boot(

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use device_svc::config::Config;
+use device_svc::config::{Config, DeviceConfig, MacAddress};
 use device_svc::config::quantity::{format_duration, format_size, parse_duration, parse_size};
 use libfuzzer_sys::fuzz_target;
 
@@ -11,11 +11,14 @@ fuzz_target!(|text: &str| {
     match Config::parse(text, "card.toml", Path::new("/etc/dray")) {
         Ok(config) => {
             for function in &config.functions {
-                assert!(
-                    config.volumes.iter().any(|volume| volume.name == function.volume),
-                    "a function without a volume"
-                );
-                assert!(function.queues > 0 && function.queue_size > 0);
+                assert!(function.queues() > 0 && function.queue_size > 0);
+                match &function.device {
+                    DeviceConfig::Blk(blk) => assert!(config.volumes.iter().any(|volume| volume.name == blk.volume)),
+                    DeviceConfig::Net(net) => {
+                        assert!(config.uplinks.iter().any(|uplink| uplink.name == net.uplink));
+                        assert_eq!(MacAddress::new(net.mac.octets()), Some(net.mac));
+                    }
+                }
             }
         }
         Err(error) => {

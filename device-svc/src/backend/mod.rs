@@ -12,6 +12,7 @@ pub mod nbd;
 pub mod net;
 pub mod null;
 pub mod ram;
+mod ring;
 
 use std::os::fd::RawFd;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use device_svc::control::demo::DemoArguments;
 
 const FILES: &str = "\
@@ -17,10 +17,15 @@ Exit status:
   1  not done; one line on standard error says why and what to do
   2  the command line is wrong";
 
-/// Carries the I/O of virtual machines from their virtqueues to storage servers
+/// Where the options of `function create` stand that only one type has.
+const DISKS: &str = "Options of type blk";
+const NETS: &str = "Options of type net";
+
+/// Carries the I/O of virtual machines from their virtqueues to storage servers and networks
 ///
-/// device-svc runs on the card. It shows block devices to virtual machines (over vhost-user or vfio-user sockets), polls their
-/// virtqueues, and forwards every request to a volume's storage: an NBD server, a file or block device, or memory.
+/// device-svc runs on the card. It shows block devices and network interfaces to virtual machines (over vhost-user or vfio-user
+/// sockets), polls their virtqueues, and forwards every request to a volume's storage (an NBD server, a file or block device, or
+/// memory) and every frame to an uplink's network (a tap interface).
 ///
 /// `device-svc serve` runs the card; the other commands ask a card that runs, over its control socket.
 #[derive(Parser, Debug)]
@@ -36,12 +41,15 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Check a configuration file and show what it means, without starting anything
     Validate(Validate),
-    /// Create, list, show, limit and delete functions of a running card
+    /// Create, list, show, change and delete functions of a running card
     #[command(subcommand)]
     Function(FunctionCommand),
     /// Create, list, show, resize and delete volumes of a running card
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Create, list, show and delete uplinks of a running card
+    #[command(subcommand)]
+    Uplink(UplinkCommand),
     /// Show what functions and reactors of a running card have done
     Stats(Stats),
     /// Run a card on a temporary file, drive real virtio traffic through it, and show how to go on
@@ -57,8 +65,8 @@ pub(crate) enum Command {
 
 /// Run a card until SIGTERM or SIGINT
 ///
-/// Prints one line that starts with `ready:` on standard output once every volume and function of the configuration is
-/// there; with NOTIFY_SOCKET set (systemd, Type=notify) it says READY=1 there too. If anything cannot be started, nothing is.
+/// Prints one line that starts with `ready:` on standard output once every volume, uplink and function of the configuration
+/// is there; with NOTIFY_SOCKET set (systemd, Type=notify) it says READY=1 there too. If anything cannot be started, nothing is.
 ///
 /// SIGTERM or SIGINT ends the card when what is in flight has completed, within bounded time; a second one ends it at once.
 #[derive(Args, Debug)]
@@ -87,8 +95,8 @@ pub(crate) enum LogFormat {
 
 /// Check a configuration file and show what it means, without starting anything
 ///
-/// Shows each volume's UUID and serial, also those that were not given: they are derived from the volume's name and
-/// storage and stay the same.
+/// Shows each volume's UUID and serial and each network interface's MAC address, also those that were not given: they are derived
+/// from names and storage and stay the same.
 #[derive(Args, Debug)]
 pub(crate) struct Validate {
     /// The configuration (TOML)
@@ -119,7 +127,9 @@ pub(crate) enum FunctionCommand {
     List(Ask),
     /// Show one function
     Show(Named),
-    /// Change a function's limit while it runs
+    /// Change a function while it runs
+    Set(FunctionSet),
+    /// Change a function's limit while it runs: the same as `set` with --limit
     SetLimit(FunctionSetLimit),
     /// Stop and delete a function
     Delete(Named),
@@ -138,23 +148,27 @@ pub(crate) struct Named {
 #[command(after_long_help = "Examples:
   device-svc function create --name vm1-disk0 --volume root --link vhost-user,socket=/run/dray/vm1-disk0.sock
   device-svc function create --name vm1-disk0 --volume root --queues 4 --limit iops=50000,bandwidth=400M \\
-      --link vhost-user,socket=/run/dray/vm1-disk0.sock,mode=server,socket-mode=0660,payload=in-place")]
+      --link vhost-user,socket=/run/dray/vm1-disk0.sock,mode=server,socket-mode=0660,payload=in-place
+  device-svc function create --type net --name vm1-net0 --uplink wan --mac 52:54:00:12:34:56 --queue-pairs 2 \\
+      --link vfio-user,socket=/run/dray/vm1-net0.sock
+
+A disk (blk) needs a --volume, a network interface (net) an --uplink.")]
 pub(crate) struct FunctionCreate {
     /// Its name on this card
     #[arg(long)]
     pub(crate) name: String,
-    /// What the VM sees
+    /// What the VM sees: blk, a disk, or net, a network interface
     #[arg(long, default_value = "blk")]
     pub(crate) r#type: String,
     /// How the VM reaches it: vhost-user,socket=PATH[,mode=server|client][,socket-mode=0660][,payload=in-place|copy], or
     /// vfio-user,socket=PATH[,socket-mode=0660][,payload=in-place|copy][,notify=message|mapped][,msix=true|false]
     #[arg(long, value_name = "TYPE,KEY=VALUE,…")]
     pub(crate) link: String,
-    /// The name of its volume
-    #[arg(long)]
-    pub(crate) volume: String,
+    /// The name of its volume (blk)
+    #[arg(long, value_name = "NAME", help_heading = DISKS)]
+    pub(crate) volume: Option<String>,
     /// Request queues [default: 1]
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", help_heading = DISKS)]
     pub(crate) queues: Option<String>,
     /// Entries of a queue at most, a power of two [default: 256]
     #[arg(long, value_name = "ENTRIES")]
@@ -162,24 +176,75 @@ pub(crate) struct FunctionCreate {
     /// Whether the packed ring is offered [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) packed: Option<String>,
-    /// Data segments of a request at most [default: 126, or what the queue size allows]
-    #[arg(long, value_name = "COUNT")]
-    pub(crate) seg_max: Option<String>,
-    /// Logical block size shown to the VM, 512 or 4096 [default: the volume's]
-    #[arg(long, value_name = "BYTES")]
-    pub(crate) block_size: Option<String>,
-    /// Whether the write cache is on until the VM says otherwise [default: true]
-    #[arg(long, value_name = "BOOL")]
-    pub(crate) write_cache: Option<String>,
-    /// How fast it may go, per second: iops, bandwidth, read-iops, write-iops, read-bandwidth, write-bandwidth, and burst:
-    /// how much time at the full rate may be saved up while idle (1s)
+    /// How fast it may go, per second. A disk: iops, bandwidth, read-iops, write-iops, read-bandwidth, write-bandwidth. A network
+    /// interface: packets, bandwidth, transmit-packets, receive-packets, transmit-bandwidth, receive-bandwidth. Bandwidths are bytes.
+    /// Both: burst, how much time at the full rate may be saved up while idle (1s)
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub(crate) limit: Option<String>,
+    /// Data segments of a request at most [default: 126, or what the queue size allows]
+    #[arg(long, value_name = "COUNT", help_heading = DISKS)]
+    pub(crate) seg_max: Option<String>,
+    /// Logical block size shown to the VM, 512 or 4096 [default: the volume's]
+    #[arg(long, value_name = "BYTES", help_heading = DISKS)]
+    pub(crate) block_size: Option<String>,
+    /// Whether the write cache is on until the VM says otherwise [default: true]
+    #[arg(long, value_name = "BOOL", help_heading = DISKS)]
+    pub(crate) write_cache: Option<String>,
     /// A limit group of the configuration file that it shares
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = DISKS)]
     pub(crate) limit_group: Option<String>,
+    /// The name of its uplink (net)
+    #[arg(long, value_name = "NAME", help_heading = NETS)]
+    pub(crate) uplink: Option<String>,
+    /// Its MAC address, like 52:54:00:12:34:56 [default: derived from its name, and shown]
+    #[arg(long, value_name = "ADDRESS", help_heading = NETS)]
+    pub(crate) mac: Option<String>,
+    /// The largest IP packet, 68 to 65535, no more than the uplink carries [default: 1500]
+    #[arg(long, value_name = "BYTES", help_heading = NETS)]
+    pub(crate) mtu: Option<String>,
+    /// Pairs of a receive and a transmit queue, 1 to 128 [default: 1]
+    #[arg(long, value_name = "COUNT", help_heading = NETS)]
+    pub(crate) queue_pairs: Option<String>,
     #[command(flatten)]
     pub(crate) ask: Ask,
+}
+
+/// Change a function while it runs
+///
+/// What is not given stays as it is; either all of it is changed or nothing. The VM is told as far as its driver listens: of the
+/// link's state at once, of the MAC address and the MTU when the driver next reads them, which most do when they start.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  device-svc function set vm1-net0 --link down
+  device-svc function set vm1-net0 --link up --mtu 1450 --limit bandwidth=125M,burst=2s
+  device-svc function set vm1-disk0 --limit iops=1000")]
+#[command(group(ArgGroup::new("change").required(true).multiple(true).args(["link", "mac", "mtu", "limit"])))]
+pub(crate) struct FunctionSet {
+    /// Its name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Whether its link is up, as far as its uplink has a carrier (net)
+    #[arg(long, value_enum, value_name = "STATE")]
+    pub(crate) link: Option<LinkArgument>,
+    /// Its new MAC address, like 52:54:00:12:34:56 (net)
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) mac: Option<String>,
+    /// The new largest IP packet, no more than the uplink carries (net)
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mtu: Option<String>,
+    /// The new limit, as for `function create`; an empty text takes the limit away
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub(crate) limit: Option<String>,
+    #[command(flatten)]
+    pub(crate) ask: Ask,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum LinkArgument {
+    /// Up
+    Up,
+    /// Down
+    Down,
 }
 
 #[derive(Args, Debug)]
@@ -254,10 +319,44 @@ pub(crate) struct VolumeResize {
     pub(crate) ask: Ask,
 }
 
+#[derive(Subcommand, Debug)]
+pub(crate) enum UplinkCommand {
+    /// Create an uplink; if it exists with the same settings, that is fine
+    Create(Box<UplinkCreate>),
+    /// List all uplinks
+    List(Ask),
+    /// Show one uplink
+    Show(Named),
+    /// Delete an uplink that no function uses
+    Delete(Named),
+}
+
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  device-svc uplink create --name wan --backend tap,name=dray0
+  device-svc uplink create --name blue --backend tap,name=dray0,netns=blue,mtu=9000
+  device-svc uplink create --name bench --backend loopback
+
+A tap interface that is not there is made; the network namespace must be there (`ip netns add blue`).")]
+pub(crate) struct UplinkCreate {
+    /// Its name on this card
+    #[arg(long)]
+    pub(crate) name: String,
+    /// The network behind it: tap,name=INTERFACE[,netns=NAME][,mtu=BYTES] | loopback (what is sent comes back) | null (what is
+    /// sent is dropped)
+    #[arg(long, value_name = "TYPE,KEY=VALUE,…")]
+    pub(crate) backend: String,
+    #[command(flatten)]
+    pub(crate) ask: Ask,
+}
+
 /// Show what functions and reactors of a running card have done
 ///
 /// Counts since each function was created; with --watch what happened in each interval, per second. P50 and P99 are upper
 /// bounds of the latency, from a histogram in powers of two.
+///
+/// Network interfaces have a table of their own: frames and bytes to the VM (RX) and from it (TX), and frames that were dropped,
+/// with the reasons.
 #[derive(Args, Debug)]
 pub(crate) struct Stats {
     /// Go on showing what happens, until interrupted

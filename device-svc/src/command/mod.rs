@@ -6,6 +6,8 @@ mod function;
 mod output;
 mod serve;
 mod stats;
+mod uplink;
+mod validate;
 mod volume;
 
 use std::io::IsTerminal;
@@ -14,9 +16,7 @@ use anyhow::Result;
 use clap::CommandFactory;
 
 use arguments::{Arguments, Command, LogFormat};
-use device_svc::config::Config;
 use output::print;
-use serde_json::json;
 
 /// Runs one command.
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
@@ -25,9 +25,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             set_up_logs(serve.log_format);
             serve::serve(&serve)
         }
-        Command::Validate(validate) => show_valid(&validate),
+        Command::Validate(validate) => validate::run(&validate),
         Command::Function(command) => function::run(command),
         Command::Volume(command) => volume::run(command),
+        Command::Uplink(command) => uplink::run(command),
         Command::Stats(stats) => stats::run(&stats),
         Command::Demo(demo) => device_svc::control::demo::run(demo),
         Command::Completion { shell } => {
@@ -47,40 +48,4 @@ fn set_up_logs(format: LogFormat) {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => logs.json().init(),
     }
-}
-
-fn show_valid(validate: &arguments::Validate) -> Result<()> {
-    let config = Config::load(&validate.config)?;
-    if validate.json {
-        let volumes = config.volumes.iter().map(|volume| {
-            json!({
-                "name": volume.name, "uuid": volume.uuid.to_string(), "serial": volume.serial_text(),
-                "backend": volume.backend.to_string(),
-            })
-        });
-        let functions = config.functions.iter().map(
-            |function| json!({ "name": function.name, "volume": function.volume, "link": function.link.to_string() }),
-        );
-        let all = json!({
-            "control": config.control.listen.to_string(),
-            "volumes": volumes.collect::<Vec<_>>(),
-            "functions": functions.collect::<Vec<_>>(),
-        });
-        return print(&format!("{all:#}\n"));
-    }
-    let mut text = format!("{}: good\n", validate.config.display());
-    for volume in &config.volumes {
-        let (name, serial) = (&volume.name, volume.serial_text());
-        text.push_str(&format!("volume {name}: uuid {}, serial {serial}, {}\n", volume.uuid, volume.backend));
-    }
-    for function in &config.functions {
-        let socket = &function.link.socket;
-        text.push_str(&format!(
-            "function {}: volume {}, socket {}\n",
-            function.name,
-            function.volume,
-            socket.display()
-        ));
-    }
-    print(&text)
 }

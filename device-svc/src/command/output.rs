@@ -119,11 +119,16 @@ pub(crate) fn limit(limit: Option<&v1::Limit>) -> (String, Value) {
     let limit = limit.copied().unwrap_or_default();
     let rates = [
         ("iops", limit.iops, false),
+        ("packets", limit.packets, false),
         ("bandwidth", limit.bandwidth, true),
         ("read-iops", limit.read_iops, false),
         ("write-iops", limit.write_iops, false),
         ("read-bandwidth", limit.read_bandwidth, true),
         ("write-bandwidth", limit.write_bandwidth, true),
+        ("transmit-packets", limit.transmit_packets, false),
+        ("receive-packets", limit.receive_packets, false),
+        ("transmit-bandwidth", limit.transmit_bandwidth, true),
+        ("receive-bandwidth", limit.receive_bandwidth, true),
     ];
     let mut parts = Vec::new();
     let mut object = serde_json::Map::new();
@@ -171,26 +176,114 @@ fn link_text(link: &v1::Link) -> String {
 pub(crate) fn function_json(function: &v1::Function) -> Value {
     let settings = function.settings.clone().unwrap_or_default();
     let link = settings.link.clone().unwrap_or_default();
-    json!({
+    let mut value = json!({
         "name": settings.name,
         "type": settings.r#type,
         "link": link_json(&link),
-        "volume": settings.volume,
-        "queues": settings.queues,
         "queue-size": settings.queue_size,
         "packed": settings.packed,
-        "seg-max": settings.seg_max,
-        "block-size": positive(settings.block_size.into()),
-        "write-cache": settings.write_cache,
         "limit": limit(settings.limit.as_ref()).1,
-        "limit-group": if settings.limit_group.is_empty() { Value::Null } else { settings.limit_group.into() },
         "state": state_name(v1::State::try_from(function.state).unwrap_or_default()),
         "queues-running": function.queues_running,
         "reason": if function.reason.is_empty() { Value::Null } else { function.reason.clone().into() },
-        "volume-uuid": function.volume_uuid,
-        "serial": function.serial,
-        "size-bytes": function.size_bytes,
+    });
+    let device = match &function.link_state {
+        None => json!({
+            "volume": settings.volume,
+            "queues": settings.queues,
+            "seg-max": settings.seg_max,
+            "block-size": positive(settings.block_size.into()),
+            "write-cache": settings.write_cache,
+            "limit-group": if settings.limit_group.is_empty() { Value::Null } else { settings.limit_group.into() },
+            "volume-uuid": function.volume_uuid,
+            "serial": function.serial,
+            "size-bytes": function.size_bytes,
+        }),
+        Some(link) => json!({
+            "uplink": settings.uplink,
+            "mac": settings.mac,
+            "mtu": settings.mtu,
+            "queue-pairs": settings.queue_pairs,
+            "link-state": if is_up(link) { "up" } else { "down" },
+            "link-set": if link.set_up { "up" } else { "down" },
+            "carrier": link.carrier,
+        }),
+    };
+    if let (Some(value), Value::Object(device)) = (value.as_object_mut(), device) {
+        value.extend(device);
+    }
+    value
+}
+
+/// Whether a network interface's link is up.
+pub(crate) const fn is_up(link: &v1::LinkState) -> bool {
+    link.set_up && link.carrier
+}
+
+/// Why it is, or is not.
+const fn link_state_text(link: &v1::LinkState) -> &'static str {
+    match (link.set_up, link.carrier) {
+        (true, true) => "up",
+        (true, false) => "down: its uplink has no carrier",
+        (false, true) => "down: it was set so",
+        (false, false) => "down: it was set so, and its uplink has no carrier",
+    }
+}
+
+/// Whether an uplink's network is there.
+pub(crate) const fn carrier_name(carrier: bool) -> &'static str {
+    if carrier { "carrier up" } else { "no carrier" }
+}
+
+/// A network as its option's text, and as JSON.
+pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
+    use v1::uplink_backend::Kind;
+    match backend.and_then(|backend| backend.kind.as_ref()) {
+        None => ("unknown".to_owned(), Value::Null),
+        Some(Kind::Null(_)) => ("null".to_owned(), json!({ "type": "null" })),
+        Some(Kind::Loopback(_)) => ("loopback".to_owned(), json!({ "type": "loopback" })),
+        Some(Kind::Tap(tap)) => {
+            let netns = tap.netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
+            let mtu = tap.mtu.map(|mtu| format!(",mtu={mtu}")).unwrap_or_default();
+            let value = json!({ "type": "tap", "name": tap.name, "netns": tap.netns, "mtu": tap.mtu });
+            (format!("tap,name={}{netns}{mtu}", tap.name), without_nulls(value))
+        }
+    }
+}
+
+/// How many functions an uplink serves; `None` where nothing limits that.
+fn functions_max(uplink: &v1::Uplink) -> Option<u64> {
+    // Nothing has so many.
+    (uplink.functions_max <= u64::from(u32::MAX)).then_some(uplink.functions_max)
+}
+
+/// An uplink as JSON.
+pub(crate) fn uplink_json(uplink: &v1::Uplink) -> Value {
+    let settings = uplink.settings.clone().unwrap_or_default();
+    json!({
+        "name": settings.name,
+        "backend": network(settings.backend.as_ref()).1,
+        "carrier": uplink.carrier,
+        "mtu-max": uplink.mtu_max,
+        "queue-pairs-max": uplink.queue_pairs_max,
+        "functions-max": functions_max(uplink),
+        "functions": uplink.functions,
     })
+}
+
+/// An uplink, one key a line.
+pub(crate) fn uplink_text(uplink: &v1::Uplink) -> String {
+    let settings = uplink.settings.clone().unwrap_or_default();
+    let functions = if uplink.functions.is_empty() { "none".to_owned() } else { uplink.functions.join(", ") };
+    lines(&[
+        ("name", settings.name),
+        ("backend", network(settings.backend.as_ref()).0),
+        ("carrier", if uplink.carrier { "up" } else { "down" }.to_owned()),
+        ("mtu-max", uplink.mtu_max.to_string()),
+        ("queue-pairs-max", uplink.queue_pairs_max.to_string()),
+        ("functions-max", functions_max(uplink).map_or_else(|| "no limit".to_owned(), |most| most.to_string())),
+        ("functions", functions),
+    ])
 }
 
 /// A size for people.
@@ -226,25 +319,42 @@ pub(crate) fn function_text(function: &v1::Function) -> String {
     let state = state_name(v1::State::try_from(function.state).unwrap_or_default());
     let state = if function.reason.is_empty() { state.to_owned() } else { format!("{state}: {}", function.reason) };
     let block_size = if settings.block_size == 0 { "the volume's".to_owned() } else { settings.block_size.to_string() };
-    lines(&[
+    let limit = or(limit(settings.limit.as_ref()).0, "none");
+    let mut pairs = vec![
         ("name", settings.name),
         ("type", settings.r#type),
         ("state", state),
         ("queues-running", function.queues_running.to_string()),
         ("link", link_text(&link)),
-        ("volume", settings.volume),
-        ("volume-uuid", function.volume_uuid.clone()),
-        ("serial", function.serial.clone()),
-        ("size", format!("{} ({} bytes)", size(function.size_bytes), function.size_bytes)),
-        ("queues", settings.queues.to_string()),
-        ("queue-size", settings.queue_size.to_string()),
-        ("packed", settings.packed.unwrap_or_default().to_string()),
-        ("seg-max", settings.seg_max.to_string()),
-        ("block-size", block_size),
-        ("write-cache", settings.write_cache.unwrap_or_default().to_string()),
-        ("limit", or(limit(settings.limit.as_ref()).0, "none")),
-        ("limit-group", or(settings.limit_group, "none")),
-    ])
+    ];
+    let (queue_size, packed) = (settings.queue_size.to_string(), settings.packed.unwrap_or_default().to_string());
+    match &function.link_state {
+        None => pairs.extend([
+            ("volume", settings.volume),
+            ("volume-uuid", function.volume_uuid.clone()),
+            ("serial", function.serial.clone()),
+            ("size", format!("{} ({} bytes)", size(function.size_bytes), function.size_bytes)),
+            ("queues", settings.queues.to_string()),
+            ("queue-size", queue_size),
+            ("packed", packed),
+            ("seg-max", settings.seg_max.to_string()),
+            ("block-size", block_size),
+            ("write-cache", settings.write_cache.unwrap_or_default().to_string()),
+            ("limit", limit),
+            ("limit-group", or(settings.limit_group, "none")),
+        ]),
+        Some(state) => pairs.extend([
+            ("link-state", link_state_text(state).to_owned()),
+            ("uplink", settings.uplink),
+            ("mac", settings.mac),
+            ("mtu", settings.mtu.to_string()),
+            ("queue-pairs", settings.queue_pairs.to_string()),
+            ("queue-size", queue_size),
+            ("packed", packed),
+            ("limit", limit),
+        ]),
+    }
+    lines(&pairs)
 }
 
 fn lines(pairs: &[(&str, String)]) -> String {

@@ -5,8 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::{Context, Result};
-use device_svc::config::{Config, ControlConfig, ReactorsConfig};
-use device_svc::control::open_backend::open_backend;
+use device_svc::config::Config;
+use device_svc::control::open_backend::{open_backend, open_uplink};
 use device_svc::control::serve::Card;
 use device_svc::control::starter::start_reactors;
 use nix::sys::signal::{SigSet, Signal};
@@ -30,13 +30,7 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
 
     let mut config = match &serve.config {
         Some(path) => Config::load(path)?,
-        None => Config {
-            reactors: ReactorsConfig::default(),
-            control: ControlConfig::default(),
-            volumes: Vec::new(),
-            functions: Vec::new(),
-            limit_groups: Vec::new(),
-        },
+        None => Config::default(),
     };
     if serve.control.is_some() {
         config.control.listen = parse_address(serve.control.as_deref())?;
@@ -48,7 +42,7 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
     let served: Result<()> = runtime.block_on(async {
         let starter = start_reactors(&config.reactors)?;
-        let card = Card::bind(&config, starter, Box::new(open_backend))?;
+        let card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
         let ready = ready_line(&config, &card);
         card.serve(config, stopping, || {
             tracing::info!("{ready}");
@@ -68,8 +62,9 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
 fn ready_line(config: &Config, card: &Card) -> String {
     let metrics =
         card.metrics_address().map(|address| format!(", metrics http://{address}/metrics")).unwrap_or_default();
-    let (volumes, functions) = (config.volumes.len(), config.functions.len());
-    format!("control {}, volumes {volumes}, functions {functions}{metrics}", config.control.listen)
+    let (volumes, uplinks, functions) = (config.volumes.len(), config.uplinks.len(), config.functions.len());
+    let control = &config.control.listen;
+    format!("control {control}, volumes {volumes}, uplinks {uplinks}, functions {functions}{metrics}")
 }
 
 /// The first signal stops the card, a second one ends the process at once. Waits for as long as the process lives.

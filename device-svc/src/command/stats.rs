@@ -1,4 +1,6 @@
-//! `device-svc stats`: totals, or what happens in each interval.
+//! `device-svc stats`: totals, or what happens in each interval. Disks, network interfaces and reactors have a table each.
+
+mod net;
 
 use std::time::Duration;
 
@@ -35,7 +37,7 @@ async fn take(card: &mut Card) -> Result<v1::Stats> {
     Ok(card.get_stats(v1::GetStatsRequest {}).await.map_err(refused)?.into_inner())
 }
 
-/// What one line shows: a queue, or all queues of a function.
+/// What one line shows of disks: a queue, or all queues of a function.
 #[derive(Clone, Default)]
 struct Line {
     function: String,
@@ -117,7 +119,7 @@ impl Line {
 
 fn lines(stats: &v1::Stats, each_queue: bool) -> Vec<Line> {
     let mut lines = Vec::new();
-    for function in &stats.functions {
+    for function in stats.functions.iter().filter(|function| !net::is_net(function)) {
         let mut whole = Line { function: function.name.clone(), ..Line::default() };
         for queue in &function.queues {
             if each_queue {
@@ -146,9 +148,11 @@ fn show(stats: &Stats, now: &v1::Stats, before: Option<&v1::Stats>) -> Result<()
         }
     });
     let lines: Vec<Line> = lines.collect();
+    let net_lines = net::lines(now, before, stats.queues);
     let rate = |count: u64| (count as f64 / seconds).round() as u64;
     if stats.ask.json {
-        let functions: Vec<Value> = lines.iter().map(|line| line_json(line, &rate)).collect();
+        let nets = net_lines.iter().map(|line| line.json(&rate));
+        let functions: Vec<Value> = lines.iter().map(|line| line_json(line, &rate)).chain(nets).collect();
         let value = json!({ "seconds": before.map(|_| seconds), "functions": functions, "reactors": reactors_json(now, before) });
         // One line each when there are many, so that a reader can tell them apart.
         return print(&if before.is_some() { format!("{value}\n") } else { json_text(&value) });
@@ -187,7 +191,11 @@ fn show(stats: &Stats, now: &v1::Stats, before: Option<&v1::Stats>) -> Result<()
         "P50",
         "P99",
     ];
-    let mut text = columns(&head, &rows);
+    // A card that has nothing yet shows what it would show.
+    let mut text = if rows.is_empty() && !net_lines.is_empty() { String::new() } else { columns(&head, &rows) };
+    if !net_lines.is_empty() {
+        text.push_str(&net::table(&net_lines, &rate));
+    }
     let reactors: Vec<Vec<String>> = now.reactors.iter().map(|reactor| reactor_row(reactor, before)).collect();
     text.push_str(&columns(&["REACTOR", "BUSY", "QUEUES", "LONGEST-TURN"], &reactors));
     if before.is_some() {

@@ -1,24 +1,28 @@
 //! What an operator wants: a TOML file (or a command's options) parsed once into types that cannot be wrong.
 //!
 //! ```text
-//!  text ─ raw (which keys there are; serde) ─► field (types of values) ─► volume, function, limit (one table each)
+//!  text ─ raw (which keys there are; serde) ─► field (types of values) ─► volume, uplink, function, limit (one table each)
 //!       ─► this file (tables beside each other) ─► Config
 //! ```
 //!
-//! Every error is one line: file, line and column, the volume or function, the key, what is wrong, what to write instead.
+//! Every error is one line: file, line and column, the volume, uplink or function, the key, what is wrong, what to write instead.
 
 mod address;
+mod blk;
 mod field;
 mod function;
 mod limit;
 mod link;
+mod mac;
 mod name;
+mod net;
 mod options;
 mod places;
 pub mod quantity;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod uplink;
 mod volume;
 
 use std::net::SocketAddr;
@@ -28,10 +32,14 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 
 pub use address::{ControlAddress, default_control_address};
-pub use function::{FunctionConfig, FunctionKind, SEG_MAX_DEFAULT};
-pub use limit::{BURST_DEFAULT, LimitConfig, LimitGroupConfig};
+pub use blk::{BlkConfig, SEG_MAX_DEFAULT};
+pub use function::{DeviceConfig, FunctionConfig};
+pub use limit::{BURST_DEFAULT, LimitConfig, LimitGroupConfig, NetLimitConfig};
 pub use link::{LinkConfig, LinkKind, NotifyConfig, PayloadConfig, SocketMode};
+pub use mac::MacAddress;
+pub use net::{MTU_DEFAULT, NetChange, NetConfig};
 pub use options::Options;
+pub use uplink::{TapConfig, UplinkBackendConfig, UplinkConfig};
 pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
 
 use field::{Fault, Reading, Table};
@@ -41,7 +49,7 @@ use raw::{RawConfig, RawControl, RawReactors};
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Everything that a card is told when it starts.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Config {
     /// The threads that poll.
     pub reactors: ReactorsConfig,
@@ -49,7 +57,10 @@ pub struct Config {
     pub control: ControlConfig,
     /// Volumes: names, UUIDs and serials are unique, and no storage is written twice.
     pub volumes: Vec<VolumeConfig>,
-    /// Functions: names and sockets are unique, volumes and limit groups exist, and no volume is written by two.
+    /// Uplinks: names are unique, and no interface is used twice.
+    pub uplinks: Vec<UplinkConfig>,
+    /// Functions: names, sockets and MAC addresses are unique, volumes, uplinks and limit groups exist, and no volume is written by
+    /// two.
     pub functions: Vec<FunctionConfig>,
     /// Limit groups; names are unique.
     pub limit_groups: Vec<LimitGroupConfig>,
@@ -170,9 +181,33 @@ impl Config {
     }
 }
 
+impl Config {
+    /// Whether what a function refers to is there.
+    fn check_function(&self, function: &FunctionConfig) -> Result<(), (&'static str, String)> {
+        if let Some(volume) = function.device.volume()
+            && !self.volumes.iter().any(|other| other.name == volume)
+        {
+            return Err(("volume", format!("there is no volume {volume:?}; add a [[volume]] of that name")));
+        }
+        if let Some(uplink) = function.device.uplink()
+            && !self.uplinks.iter().any(|other| other.name == uplink)
+        {
+            return Err(("uplink", format!("there is no uplink {uplink:?}; add an [[uplink]] of that name")));
+        }
+        if let Some(group) = function.device.limit_group()
+            && !self.limit_groups.iter().any(|other| other.name == group)
+        {
+            let message = format!("there is no limit group {group:?}; add a [[limit-group]] of that name");
+            return Err(("limit-group", message));
+        }
+        Ok(())
+    }
+}
+
 /// Where each table stood, for errors that only show once all are known.
 struct Spans {
     volumes: Vec<Range<usize>>,
+    uplinks: Vec<Range<usize>>,
     functions: Vec<Range<usize>>,
 }
 
@@ -180,8 +215,8 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
     let raw: RawConfig = toml::from_str(text).map_err(from_toml)?;
     let reactors = raw.reactors.map_or_else(|| Ok(ReactorsConfig::default()), |raw| reactors(raw, reading))?;
     let control = raw.control.map_or_else(|| Ok(ControlConfig::default()), |raw| control(raw, reading))?;
-    let mut config = Config { reactors, control, volumes: Vec::new(), functions: Vec::new(), limit_groups: Vec::new() };
-    let mut spans = Spans { volumes: Vec::new(), functions: Vec::new() };
+    let mut config = Config { reactors, control, ..Config::default() };
+    let mut spans = Spans { volumes: Vec::new(), uplinks: Vec::new(), functions: Vec::new() };
 
     for raw in raw.volume {
         let span = raw.span();
@@ -191,6 +226,15 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
         }
         config.volumes.push(volume);
         spans.volumes.push(span);
+    }
+    for raw in raw.uplink {
+        let span = raw.span();
+        let uplink = uplink::uplink(raw, reading)?;
+        for other in &config.uplinks {
+            beside(&span, "uplink", &uplink.name, uplink.check_beside(other))?;
+        }
+        config.uplinks.push(uplink);
+        spans.uplinks.push(span);
     }
     for raw in raw.limit_group {
         let span = raw.span();
@@ -204,21 +248,13 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
     for raw in raw.function {
         let span = raw.span();
         let function = function::function(raw, reading)?;
-        let volume = config.volumes.iter().find(|volume| volume.name == function.volume);
-        let unknown = || ("volume", format!("there is no volume {:?}; add a [[volume]] of that name", function.volume));
-        let volume = volume.ok_or_else(unknown);
-        beside(&span, "function", &function.name, volume.as_ref().map(|_| ()).map_err(Clone::clone))?;
-        if let Some(group) = &function.limit_group
-            && !config.limit_groups.iter().any(|other| other.name == *group)
-        {
-            let message = format!("there is no limit group {group:?}; add a [[limit-group]] of that name");
-            beside(&span, "function", &function.name, Err(("limit-group", message)))?;
-        }
-        beside(&span, "function", &function.name, function.check_reactors(&config.reactors))?;
-        if let Ok(volume) = volume {
-            for other in &config.functions {
-                beside(&span, "function", &function.name, function.check_beside(other, volume))?;
-            }
+        let name = function.name.clone();
+        beside(&span, "function", &name, config.check_function(&function))?;
+        beside(&span, "function", &name, function.check_reactors(&config.reactors))?;
+        let volume = function.device.volume();
+        let shared = config.volumes.iter().any(|other| Some(other.name.as_str()) == volume && other.read_only);
+        for other in &config.functions {
+            beside(&span, "function", &name, function.check_beside(other, shared))?;
         }
         config.functions.push(function);
         spans.functions.push(span);

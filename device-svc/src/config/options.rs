@@ -1,4 +1,4 @@
-//! A volume or function written as options of a command, in the words of the file: `--backend file,path=/x,create=10G`.
+//! A volume, uplink or function written as options of a command, in the words of the file: `--backend file,path=/x,create=10G`.
 //!
 //! Options are turned into the text of a table and read like one, so that there is one set of rules and messages.
 
@@ -8,7 +8,9 @@ use toml::{Spanned, Value};
 
 use super::field::{Fault, Reading};
 use super::raw::RawConfig;
-use super::{ConfigError, FunctionConfig, LimitConfig, VolumeConfig, function, volume};
+use super::{
+    ConfigError, FunctionConfig, LimitConfig, NetChange, UplinkConfig, VolumeConfig, blk, function, net, uplink, volume,
+};
 
 /// The options given so far.
 #[derive(Default, Debug)]
@@ -40,6 +42,17 @@ impl Options {
     /// As for [`with_typed_table`](Self::with_typed_table).
     pub fn with_table(self, key: &str, text: Option<&str>) -> Result<Self, ConfigError> {
         self.with_parts(key, text, false)
+    }
+
+    /// Adds `limit` written as `key=value,…`; an empty text is no limit.
+    ///
+    /// # Errors
+    /// As for [`with_table`](Self::with_table).
+    pub fn with_limit(self, text: Option<&str>) -> Result<Self, ConfigError> {
+        match text {
+            Some("") => Ok(self.with_pairs("limit", [])),
+            text => self.with_table("limit", text),
+        }
     }
 
     /// Adds `key` with a table of these pairs, those without a value left out.
@@ -78,6 +91,14 @@ impl Options {
         self.read("volume", |raw| raw.volume, |raw| volume::volume(raw, options_reading(folder)))
     }
 
+    /// Reads the options as an uplink.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn uplink(self) -> Result<UplinkConfig, ConfigError> {
+        self.read("uplink", |raw| raw.uplink, |raw| uplink::uplink(raw, options_reading(Path::new("/"))))
+    }
+
     /// Reads the options as a function; relative paths start from `folder`.
     ///
     /// # Errors
@@ -86,20 +107,20 @@ impl Options {
         self.read("function", |raw| raw.function, |raw| function::function(raw, options_reading(folder)))
     }
 
-    /// Reads the options as a limit: `iops=50000,bandwidth=400M`. An empty text is no limit.
+    /// Reads the options as a change of a disk that runs: `name`, and its new `limit`.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn limit(text: &str) -> Result<LimitConfig, ConfigError> {
-        let options =
-            if text.is_empty() { Self::default() } else { Self::default().with_table("limit", Some(text))? };
-        // A function around it that has everything else it needs.
-        let function = options
-            .with("name", Some("function"))
-            .with("type", Some("blk"))
-            .with("volume", Some("volume"))
-            .with_typed_table("link", Some("vhost-user,socket=/socket"))?;
-        function.function(Path::new("/")).map(|function| function.limit)
+    pub fn blk_change(self) -> Result<LimitConfig, ConfigError> {
+        self.read("function", |raw| raw.function, |raw| blk::blk_change(raw, options_reading(Path::new("/"))))
+    }
+
+    /// Reads the options as a change of a network interface that runs: `name`, and what changes of `mac`, `mtu` and `limit`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn net_change(self) -> Result<NetChange, ConfigError> {
+        self.read("function", |raw| raw.function, |raw| net::net_change(raw, options_reading(Path::new("/"))))
     }
 
     fn read<Raw, T>(

@@ -4,12 +4,18 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::field::Fault;
-use super::{BackendConfig, Config, Spans, VolumeConfig};
+use super::{BackendConfig, Config, Spans, UplinkConfig, VolumeConfig};
+
+/// Where `ip netns` keeps network namespaces.
+const NETNS_FOLDER: &str = "/run/netns";
 
 /// Checks every path of `config`.
 pub(super) fn check(config: &Config, spans: &Spans) -> Result<(), Fault> {
     for (volume, span) in config.volumes.iter().zip(&spans.volumes) {
         check_volume(volume).map_err(|(key, message)| fault(span, "volume", &volume.name, key, &message))?;
+    }
+    for (uplink, span) in config.uplinks.iter().zip(&spans.uplinks) {
+        check_uplink(uplink).map_err(|(key, message)| fault(span, "uplink", &uplink.name, key, &message))?;
     }
     // The control socket's folder is made when the card starts, and functions may have their sockets in it too.
     let made = config.control.listen.socket().parent();
@@ -61,6 +67,17 @@ fn check_volume(volume: &VolumeConfig) -> Result<(), (&'static str, String)> {
                 None => Ok(()),
             }
         }
+    }
+}
+
+/// A network namespace is not made: nothing would lead out of it.
+fn check_uplink(uplink: &UplinkConfig) -> Result<(), (&'static str, String)> {
+    match uplink.backend.netns() {
+        Some(netns) if !Path::new(NETNS_FOLDER).join(netns).exists() => {
+            let message = format!("there is no network namespace {netns:?}; `ip netns add {netns}` makes it");
+            Err(("backend", message))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@ pub(super) struct RawConfig {
     pub(super) reactors: Option<Spanned<RawReactors>>,
     pub(super) control: Option<Spanned<RawControl>>,
     pub(super) volume: Vec<Spanned<RawVolume>>,
+    pub(super) uplink: Vec<Spanned<RawUplink>>,
     pub(super) function: Vec<Spanned<RawFunction>>,
     pub(super) limit_group: Vec<Spanned<RawLimitGroup>>,
 }
@@ -62,6 +63,26 @@ pub(super) struct RawBackend {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "a table [[uplink]]")]
+pub(super) struct RawUplink {
+    pub(super) name: Field,
+    pub(super) backend: Option<Spanned<RawUplinkBackend>>,
+}
+
+#[derive(Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table like { type = \"tap\", name = \"dray0\" }"
+)]
+pub(super) struct RawUplinkBackend {
+    pub(super) r#type: Field,
+    pub(super) name: Field,
+    pub(super) netns: Field,
+    pub(super) mtu: Field,
+}
+
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "a table [[function]]")]
 pub(super) struct RawFunction {
     pub(super) name: Field,
@@ -74,6 +95,10 @@ pub(super) struct RawFunction {
     pub(super) seg_max: Field,
     pub(super) block_size: Field,
     pub(super) write_cache: Field,
+    pub(super) uplink: Field,
+    pub(super) mac: Field,
+    pub(super) mtu: Field,
+    pub(super) queue_pairs: Field,
     pub(super) limit: Option<Spanned<RawLimit>>,
     pub(super) limit_group: Field,
 }
@@ -94,11 +119,12 @@ pub(super) struct RawLink {
     pub(super) msix: Field,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 #[serde(
     deny_unknown_fields,
     rename_all = "kebab-case",
-    expecting = "a table like { iops = 50000, bandwidth = \"400M\" }"
+    default,
+    expecting = "a table like { bandwidth = \"400M\", burst = \"2s\" }"
 )]
 pub(super) struct RawLimit {
     pub(super) iops: Field,
@@ -107,6 +133,11 @@ pub(super) struct RawLimit {
     pub(super) write_iops: Field,
     pub(super) read_bandwidth: Field,
     pub(super) write_bandwidth: Field,
+    pub(super) packets: Field,
+    pub(super) transmit_packets: Field,
+    pub(super) receive_packets: Field,
+    pub(super) transmit_bandwidth: Field,
+    pub(super) receive_bandwidth: Field,
     pub(super) burst: Field,
 }
 
@@ -134,6 +165,7 @@ impl RawLimitGroup {
             read_bandwidth: self.read_bandwidth,
             write_bandwidth: self.write_bandwidth,
             burst: self.burst,
+            ..RawLimit::default()
         };
         (self.name, limit)
     }

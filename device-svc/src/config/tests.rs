@@ -1,6 +1,8 @@
 //! What is taken, what is refused, and with which words.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod net;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -55,6 +57,13 @@ fn refused(text: &str, expected: &str) {
     assert!(!error.contains('\n'), "one line: {error}");
 }
 
+fn blk(function: &FunctionConfig) -> &BlkConfig {
+    match &function.device {
+        DeviceConfig::Blk(blk) => blk,
+        DeviceConfig::Net(_) => panic!("{function:?} is no disk"),
+    }
+}
+
 #[test]
 fn the_full_example_is_taken() {
     let config = parsed(FULL);
@@ -80,22 +89,23 @@ fn the_full_example_is_taken() {
         config.functions[0],
         FunctionConfig {
             name: "vm1-disk0".to_owned(),
-            kind: FunctionKind::Blk,
             link: LinkConfig {
                 socket: PathBuf::from("/run/dray/vm1-disk0.sock"),
                 socket_mode: 0o660,
                 payload: PayloadConfig::InPlace,
                 kind: LinkKind::VhostUser { mode: SocketMode::Server },
             },
-            volume: "root".to_owned(),
-            queues: 4,
             queue_size: 256,
             packed: true,
-            seg_max: SEG_MAX_DEFAULT,
-            block_bytes: None,
-            write_cache: true,
-            limit: LimitConfig { iops: Some(50_000), bandwidth: Some(400 << 20), ..LimitConfig::NONE },
-            limit_group: Some("gold".to_owned()),
+            device: DeviceConfig::Blk(BlkConfig {
+                volume: "root".to_owned(),
+                queues: 4,
+                seg_max: SEG_MAX_DEFAULT,
+                block_bytes: None,
+                write_cache: true,
+                limit: LimitConfig { iops: Some(50_000), bandwidth: Some(400 << 20), ..LimitConfig::NONE },
+                limit_group: Some("gold".to_owned()),
+            }),
         }
     );
 }
@@ -110,8 +120,9 @@ fn every_key_has_a_default_where_one_makes_sense() {
     assert_eq!(config.volumes[0].io_timeout, IO_TIMEOUT_DEFAULT);
     assert!(!config.volumes[0].read_only);
     let function = &config.functions[0];
-    assert_eq!((function.queues, function.queue_size, function.packed, function.seg_max), (1, 256, true, 126));
-    assert!(function.limit.is_none() && function.limit_group.is_none());
+    let disk = blk(function);
+    assert_eq!((disk.queues, function.queue_size, function.packed, disk.seg_max), (1, 256, true, 126));
+    assert!(disk.limit.is_none() && disk.limit_group.is_none());
     let LinkConfig { socket, socket_mode, payload, kind } = &function.link;
     assert_eq!(socket, Path::new("/etc/dray/f.sock"), "relative paths start from the file's folder");
     assert_eq!((*socket_mode, *payload), (0o660, PayloadConfig::InPlace));
@@ -164,7 +175,7 @@ fn seg_max_leaves_room_for_header_and_status() {
     let text = format!(
         "{NULL}[[function]]\nname = \"f\"\ntype = \"blk\"\nvolume = \"v\"\nqueue-size = 4\nlink = {{ type = \"vhost-user\", socket = \"f.sock\" }}\n"
     );
-    assert_eq!(parsed(&text).functions[0].seg_max, 2);
+    assert_eq!(blk(&parsed(&text).functions[0]).seg_max, 2);
 }
 
 #[test]
@@ -176,7 +187,8 @@ fn syntax_and_unknown_keys() {
     );
     refused(
         "[[volumes]]\n",
-        "dray.toml:1:3: unknown key `volumes`, expected one of `reactors`, `control`, `volume`, `function`, `limit-group`",
+        "dray.toml:1:3: unknown key `volumes`, expected one of `reactors`, `control`, `volume`, `uplink`, `function`, \
+         `limit-group`",
     );
     refused(
         "[[volume]]\nname = \"v\"\nbackend = { type = \"null\", sise = \"1G\" }\n",
@@ -306,8 +318,14 @@ fn backends() {
 fn functions() {
     let function = |rest: &str| format!("{NULL}[[function]]\nname = \"f\"\n{rest}\n");
     let link = "link = { type = \"vhost-user\", socket = \"/s\" }\n";
-    refused(&function(""), "dray.toml:4:1: function \"f\": `type` is missing; add `type = \"blk\"`");
-    refused(&function("type = \"net\""), "dray.toml:6:8: function \"f\": `type`: \"net\" is not known; use \"blk\"");
+    refused(
+        &function(""),
+        "dray.toml:4:1: function \"f\": `type` is missing; add `type = \"blk\"` or `type = \"net\"`",
+    );
+    refused(
+        &function("type = \"nic\""),
+        "dray.toml:6:8: function \"f\": `type`: \"nic\" is not known; use \"blk\" or \"net\"",
+    );
     refused(
         &function("type = \"blk\""),
         "dray.toml:4:1: function \"f\": `link` is missing; add `link = { type = \"vhost-user\", socket = \"…\" }`",
@@ -476,15 +494,22 @@ fn options_say_the_same_as_a_file() {
         .unwrap()
         .function(folder)
         .unwrap();
-    assert_eq!(function.queues, 4);
-    assert_eq!(function.limit, LimitConfig { iops: Some(5), burst: Duration::from_secs(2), ..LimitConfig::NONE });
+    let disk = blk(&function);
+    assert_eq!(disk.queues, 4);
+    assert_eq!(disk.limit, LimitConfig { iops: Some(5), burst: Duration::from_secs(2), ..LimitConfig::NONE });
     let error = Options::default().with_typed_table("backend", Some("file,path")).unwrap_err().to_string();
     assert_eq!(error, "--backend: \"path\" has no `=`; write backend as type,key=value,…");
     let error = Options::default().with_table("limit", Some("iops=1,iops=2")).unwrap_err().to_string();
     assert_eq!(error, "--limit: `iops` is given twice; remove one");
-    let error = Options::limit("iop=1").unwrap_err().to_string();
+    let change = |limit| Options::default().with("name", Some("f")).with_limit(limit).unwrap().blk_change();
+    let error = change(Some("iop=1")).unwrap_err().to_string();
     assert!(error.starts_with("unknown key `iop`, expected one of `iops`"), "{error}");
-    assert!(Options::limit("").unwrap().is_none());
+    assert!(change(Some("")).unwrap().is_none());
+    let error = change(None).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "function \"f\": `limit` is missing; add `limit = { iops = … }`, what can be changed of a disk that runs"
+    );
 }
 
 #[test]
@@ -492,7 +517,8 @@ fn differences_name_the_key() {
     let config = parsed(FULL);
     let function = &config.functions[0];
     assert_eq!(function.first_difference(function), None);
-    assert_eq!(function.first_difference(&FunctionConfig { queues: 5, ..function.clone() }), Some("queues"));
+    let other = DeviceConfig::Blk(BlkConfig { queues: 5, ..blk(function).clone() });
+    assert_eq!(function.first_difference(&FunctionConfig { device: other, ..function.clone() }), Some("queues"));
     let volume = &config.volumes[0];
     assert_eq!(volume.first_difference(&VolumeConfig { read_only: true, ..volume.clone() }), Some("read-only"));
 }

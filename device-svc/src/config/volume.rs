@@ -8,7 +8,7 @@ use toml::Spanned;
 use uuid::Uuid;
 
 use super::field::{Fault, Field, Reading, Table};
-use super::name::check_name;
+use super::name::{IDENTITY_SPACE, check_name, machine_id};
 use super::quantity::format_size;
 use super::raw::{RawBackend, RawVolume};
 
@@ -23,9 +23,6 @@ const IO_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Connections of one NBD volume: each reactor has use for one or two, and servers refuse more than some.
 const CONNECTIONS_MAX: u64 = 16;
-
-/// Names the identities that are derived from names; any fixed UUID would do.
-const IDENTITY_SPACE: Uuid = Uuid::from_u128(0x6f2b_7a10_53c1_4b8e_9d24_6472_6179_0001);
 
 /// One volume, as configured.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -234,11 +231,6 @@ fn derived_uuid(name: &str, backend: &BackendConfig, machine: &str) -> Uuid {
         BackendConfig::Null { .. } | BackendConfig::Ram { .. } => format!("{machine} {}", backend.type_name()),
     };
     Uuid::new_v5(&IDENTITY_SPACE, format!("{name}\n{place}").as_bytes())
-}
-
-/// Empty where the machine has no id: then only names and paths tell volumes apart.
-fn machine_id() -> String {
-    std::fs::read_to_string("/etc/machine-id").unwrap_or_default().trim().to_owned()
 }
 
 pub(super) fn volume(raw: Spanned<RawVolume>, reading: Reading<'_>) -> Result<VolumeConfig, Fault> {

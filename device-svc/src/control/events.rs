@@ -36,6 +36,10 @@ pub enum EventKind {
         /// The size now.
         size_bytes: u64,
     },
+    /// A network interface's link is up again.
+    LinkUp,
+    /// A network interface's link is down: it was set so, or its uplink has no carrier.
+    LinkDown,
 }
 
 /// One event.
@@ -49,8 +53,8 @@ pub struct Event {
     pub kind: EventKind,
     /// To which function.
     pub function: String,
-    /// On which volume.
-    pub volume: Uuid,
+    /// On which volume, if it is a disk.
+    pub volume: Option<Uuid>,
 }
 
 /// What there is after a position.
@@ -119,7 +123,7 @@ impl EventLog {
     }
 
     /// Adds an event.
-    pub fn push(&self, function: &str, volume: Uuid, kind: EventKind) {
+    pub fn push(&self, function: &str, volume: Option<Uuid>, kind: EventKind) {
         tracing::info!(function, ?kind, "event");
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64);
         let mut ring = self.ring();

@@ -3,22 +3,29 @@
 //! The link calls [`FunctionSide`] from a thread of its own and may wait for a reactor's answer; a reactor never waits for
 //! anybody. What goes wrong on a reactor comes back through a courier thread, because telling the host may block.
 
+mod faults;
+mod net;
+
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use faults::{FaultNotice, start_courier};
 
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LimitConfig, PayloadConfig};
+use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig};
 use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
-use crate::device::{Device, FaultReport, LanePlace, Outlet, QueueFault};
+use crate::device::net::NetShared;
+use crate::device::{Device, LanePlace, Outlet, QueueFault};
 use crate::dma::{HostMemory, Removed};
-use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart, Refusal};
+use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
 use crate::volume::Volume;
+use faults::Reporter;
 
 /// Functions are numbered over the life of the process; a number is never used twice.
 static NEXT_NUMBER: AtomicU32 = AtomicU32::new(1);
@@ -53,6 +60,13 @@ struct Inner {
 /// What is changed of a device while it runs.
 enum Kind {
     Blk { shared: Arc<BlkShared>, limit: Arc<Limit> },
+    Net { shared: Arc<NetShared>, limit: Arc<Limit> },
+}
+
+/// The reactors of a function's queues, and what was asked of [`Reactors::place`] for them.
+struct Placement {
+    queues: Vec<usize>,
+    placed: Vec<usize>,
 }
 
 /// A function of any device.
@@ -65,29 +79,11 @@ pub struct CardFunction {
     reactors: Arc<Reactors>,
     /// The reactor of each queue.
     placement: Vec<usize>,
+    /// What the reactors count as placed on them.
+    placed: Vec<usize>,
     courier: Sender<FaultNotice>,
     notify: Notify,
     inner: Mutex<Inner>,
-}
-
-/// A fault on its way from a reactor to the host.
-pub struct FaultNotice {
-    function: Weak<CardFunction>,
-    queue: u16,
-    fault: QueueFault,
-}
-
-/// The reactor's end of the courier.
-struct Reporter {
-    function: Weak<CardFunction>,
-    courier: Sender<FaultNotice>,
-}
-
-impl FaultReport for Reporter {
-    fn queue_failed(&self, queue: u16, fault: QueueFault) {
-        // The service is ending if nobody listens any more.
-        let _ = self.courier.send(FaultNotice { function: Weak::clone(&self.function), queue, fault });
-    }
 }
 
 /// Where a function runs, and whom it tells.
@@ -98,23 +94,6 @@ pub struct FunctionPlace {
     pub courier: Sender<FaultNotice>,
     /// Told of each change of standing.
     pub notify: Notify,
-}
-
-/// Starts the thread that carries faults from the reactors to the functions they concern. It ends when the last sender is
-/// gone.
-///
-/// # Errors
-/// When the kernel refuses a thread.
-pub fn start_courier() -> std::io::Result<Sender<FaultNotice>> {
-    let (sender, receiver): (Sender<FaultNotice>, Receiver<FaultNotice>) = channel();
-    std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
-        for FaultNotice { function, queue, fault } in receiver {
-            if let Some(function) = function.upgrade() {
-                function.queue_failed(queue, fault);
-            }
-        }
-    })?;
-    Ok(sender)
 }
 
 /// The rates of a configured limit.
@@ -132,26 +111,27 @@ pub fn rates_of(config: &LimitConfig) -> Rates {
 }
 
 impl CardFunction {
-    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `group` is the limit of
-    /// its group; `notify` is told of each change of standing.
+    /// Makes the virtio-blk function of `config` on `volume`: places its queues and opens its channels. `blk` is what `config` says
+    /// of the disk, `group` the limit of its group.
     ///
     /// # Errors
     /// When the volume's storage refuses.
     pub fn blk(
         config: &FunctionConfig,
+        blk: &BlkConfig,
         volume: &Volume,
         group: Option<Arc<Limit>>,
         place: FunctionPlace,
     ) -> Result<Arc<Self>, BackendError> {
         let info = volume.info();
-        let limit = Arc::new(Limit::new(&rates_of(&config.limit)));
+        let limit = Arc::new(Limit::new(&rates_of(&blk.limit)));
         let settings = BlkSettings {
-            queues: config.queues,
+            queues: blk.queues,
             queue_size_max: config.queue_size,
             packed: config.packed,
-            segments_max: config.seg_max,
-            block_bytes: config.block_bytes,
-            write_back: config.write_cache,
+            segments_max: blk.seg_max,
+            block_bytes: blk.block_bytes,
+            write_back: blk.write_cache,
             copy_payload: config.link.payload == PayloadConfig::Copy,
             read_only: volume.read_only,
             serial: volume.serial,
@@ -160,7 +140,8 @@ impl CardFunction {
         };
         let shared = Arc::new(BlkShared::new(settings, &info));
         let device = Arc::new(BlkDevice(Arc::clone(&shared)));
-        let placement = place.reactors.place(config.queues, info.channels_max);
+        let placed = place.reactors.place(blk.queues, info.channels_max);
+        let placement = Placement { queues: placed.clone(), placed };
         let function = Self::assemble(&config.name, device, Kind::Blk { shared, limit }, placement, place);
         // All channels first: a function is made whole or not at all.
         let outlet = |_: &usize| volume.backend.open_channel().map(Outlet::Block);
@@ -168,11 +149,19 @@ impl CardFunction {
         function.open(outlets)
     }
 
+    /// The guest gets a configuration interrupt.
+    fn tell_config(&self) {
+        let host = self.lock().host.clone();
+        if let Some(host) = host {
+            host.config_changed();
+        }
+    }
+
     fn assemble(
         name: &str,
         device: Arc<dyn Device>,
         kind: Kind,
-        placement: Vec<usize>,
+        placement: Placement,
         place: FunctionPlace,
     ) -> Arc<Self> {
         let queues = usize::from(device.queue_count());
@@ -184,7 +173,8 @@ impl CardFunction {
             kind,
             counters: (0..queues).map(|_| Arc::default()).collect(),
             reactors,
-            placement,
+            placement: placement.queues,
+            placed: placement.placed,
             courier,
             notify,
             inner: Mutex::new(Inner {
@@ -200,7 +190,7 @@ impl CardFunction {
 
     /// Hands each reactor that the function is on its outlet, or lets go of the places.
     fn open(self: Arc<Self>, outlets: Result<Vec<Outlet>, BackendError>) -> Result<Arc<Self>, BackendError> {
-        let outlets = outlets.inspect_err(|_| self.reactors.release(&self.placement))?;
+        let outlets = outlets.inspect_err(|_| self.reactors.release(&self.placed))?;
         for (number, outlet) in self.used_reactors().into_iter().zip(outlets) {
             self.reactors.handles()[number].post(Message::OpenOutlet { function: self.number, outlet });
         }
@@ -247,17 +237,15 @@ impl CardFunction {
 
     /// Changes its limit while it runs.
     pub fn set_limit(&self, limit: &LimitConfig) {
-        let Kind::Blk { limit: own, .. } = &self.kind;
+        let (Kind::Blk { limit: own, .. } | Kind::Net { limit: own, .. }) = &self.kind;
         own.set(&rates_of(limit));
     }
 
     /// Its volume has another size: the guest gets a configuration interrupt.
     pub fn resized(&self, size_bytes: u64) {
-        let Kind::Blk { shared, .. } = &self.kind;
-        shared.set_size_bytes(size_bytes);
-        let host = self.lock().host.clone();
-        if let Some(host) = host {
-            host.config_changed();
+        if let Kind::Blk { shared, .. } = &self.kind {
+            shared.set_size_bytes(size_bytes);
+            self.tell_config();
         }
     }
 
@@ -271,7 +259,7 @@ impl CardFunction {
             inner.host = None;
         }
         self.ask_each(|reply| Message::CloseOutlet { function: self.number, reply });
-        self.reactors.release(&self.placement);
+        self.reactors.release(&self.placed);
     }
 
     /// Posts a message to every reactor that the function is on, and waits for all answers.
@@ -324,6 +312,13 @@ impl CardFunction {
 }
 
 impl FunctionSide for Arc<CardFunction> {
+    fn network(&self) -> Option<&dyn NetworkSide> {
+        match &self.kind {
+            Kind::Net { shared, .. } => Some(shared.as_ref()),
+            Kind::Blk { .. } => None,
+        }
+    }
+
     fn offered_features(&self) -> u64 {
         self.device.offered_features()
     }

@@ -9,7 +9,8 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::inventory::Inventory;
-use crate::metrics::{Counter, LATENCY_BUCKETS, QueueCounters, ReactorCounters, RequestKind};
+use crate::config::{DeviceConfig, FunctionConfig};
+use crate::metrics::{Counter, DropReason, LATENCY_BUCKETS, NetQueue, QueueCounters, ReactorCounters, RequestKind};
 
 /// The text of one scrape.
 ///
@@ -36,6 +37,8 @@ struct Queue {
     function: String,
     number: String,
     counters: Arc<QueueCounters>,
+    /// Of a network interface.
+    net: Option<NetQueue>,
 }
 
 impl Queue {
@@ -50,20 +53,24 @@ impl Queue {
 
 impl Collector for Page {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let queues: Vec<Queue> = self
-            .0
-            .queue_counters()
-            .into_iter()
-            .flat_map(|(function, queues)| {
-                queues.into_iter().enumerate().map(move |(number, counters)| Queue {
-                    function: function.clone(),
-                    number: number.to_string(),
-                    counters,
-                })
-            })
-            .collect();
-        encode_requests(&mut encoder, &queues)?;
-        encode_dma(&mut encoder, &queues)?;
+        let (mut disks, mut nets) = (Vec::new(), Vec::new());
+        for function in self.0.queue_counters() {
+            let FunctionConfig { name, device, .. } = function.config;
+            for (index, counters) in (0_u16..).zip(function.queues) {
+                let queue = Queue { function: name.clone(), number: index.to_string(), counters, net: None };
+                match &device {
+                    DeviceConfig::Blk(_) => disks.push(queue),
+                    DeviceConfig::Net(net) => {
+                        nets.push(Queue { net: Some(NetQueue::of(index, net.queue_pairs)), ..queue });
+                    }
+                }
+            }
+        }
+        encode_requests(&mut encoder, &disks)?;
+        encode_frames(&mut encoder, &nets)?;
+        disks.extend(nets);
+        encode_queues(&mut encoder, &disks)?;
+        encode_dma(&mut encoder, &disks)?;
         encode_reactors(&mut encoder, &self.0.reactor_counters())
     }
 }
@@ -73,6 +80,71 @@ fn count(encoder: &mut MetricEncoder<'_>, labels: &impl EncodeLabelSet, value: u
 }
 
 type Pick = fn(&QueueCounters) -> &Counter;
+
+/// Counters without labels of their own.
+fn encode_each<const N: usize>(
+    encoder: &mut DescriptorEncoder<'_>,
+    queues: &[Queue],
+    counters: [(&str, &str, Option<&Unit>, Pick); N],
+) -> fmt::Result {
+    for (name, help, unit, pick) in counters {
+        let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
+        for queue in queues {
+            count(&mut metric, &queue.labels(), pick(&queue.counters).get())?;
+        }
+    }
+    Ok(())
+}
+
+/// What queues of all types count.
+fn encode_queues(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt::Result {
+    let counters: [(&str, &str, Option<&Unit>, Pick); 2] = [
+        ("interrupts", "Interrupts raised", None, |queue| &queue.interrupts),
+        ("doorbells", "Doorbells taken", None, |queue| &queue.doorbells),
+    ];
+    encode_each(encoder, queues, counters)
+}
+
+/// The frames of network interfaces. A control queue has none.
+fn encode_frames(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt::Result {
+    let carrying = || {
+        queues.iter().filter_map(|queue| match queue.net? {
+            NetQueue::Receive(_) => Some((queue, "receive")),
+            NetQueue::Transmit(_) => Some((queue, "transmit")),
+            NetQueue::Control => None,
+        })
+    };
+    let counters: [(&str, &str, Option<&Unit>, Pick); 7] = [
+        ("net_packets", "Frames carried", None, |queue| &queue.net.packets),
+        ("net", "Bytes of them", Some(&Unit::Bytes), |queue| &queue.net.bytes),
+        ("net_broadcasts", "Of them, those to all", None, |queue| &queue.net.broadcasts),
+        ("net_multicasts", "Of them, those to a group", None, |queue| &queue.net.multicasts),
+        ("net_undone_checksums", "Of them, those with a checksum to compute", None, |queue| {
+            &queue.net.undone_checksums
+        }),
+        ("net_undone_segmentations", "Of them, those to be cut", None, |queue| &queue.net.undone_segmentations),
+        ("net_throttled", "Frames that waited for a limit", None, |queue| &queue.throttled),
+    ];
+    for (name, help, unit, pick) in counters {
+        let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
+        for (queue, direction) in carrying() {
+            count(&mut metric, &queue.labels_with("direction", direction), pick(&queue.counters).get())?;
+        }
+    }
+    let mut drops = encoder.encode_descriptor("net_drops", "Frames not carried", None, MetricType::Counter)?;
+    for (queue, direction) in carrying() {
+        for reason in DropReason::ALL {
+            let labels = [
+                ("function", queue.function.as_str()),
+                ("queue", queue.number.as_str()),
+                ("direction", direction),
+                ("reason", reason.name()),
+            ];
+            count(&mut drops, &labels, queue.counters.net.drops[reason as usize].get())?;
+        }
+    }
+    Ok(())
+}
 
 fn encode_requests(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt::Result {
     let mut requests = encoder.encode_descriptor("requests", "Completed requests", None, MetricType::Counter)?;
@@ -89,18 +161,11 @@ fn encode_requests(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt
             count(&mut bytes, &labels, queue.counters.bytes[kind as usize].get())?;
         }
     }
-    let counters: [(&str, &str, Pick); 4] = [
-        ("request_errors", "Completed requests with a status other than OK", |queue| &queue.errors),
-        ("requests_throttled", "Requests that waited for a limit", |queue| &queue.throttled),
-        ("interrupts", "Interrupts raised", |queue| &queue.interrupts),
-        ("doorbells", "Doorbells taken", |queue| &queue.doorbells),
+    let counters: [(&str, &str, Option<&Unit>, Pick); 2] = [
+        ("request_errors", "Completed requests with a status other than OK", None, |queue| &queue.errors),
+        ("requests_throttled", "Requests that waited for a limit", None, |queue| &queue.throttled),
     ];
-    for (name, help, pick) in counters {
-        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for queue in queues {
-            count(&mut metric, &queue.labels(), pick(&queue.counters).get())?;
-        }
-    }
+    encode_each(encoder, queues, counters)?;
     let gauges: [(&str, &str, Pick); 2] = [
         ("requests_in_flight", "Requests popped and not yet completed", |queue| &queue.in_flight),
         ("requests_held", "Of them, those held because the storage server is away", |queue| &queue.held),
@@ -146,13 +211,7 @@ fn encode_dma(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt::Res
         ("dma_lent", "Ranges of VM memory lent in place of a copy", None, |queue| &queue.dma_lent),
         ("dma_lent", "Bytes of them", Some(&Unit::Bytes), |queue| &queue.dma_lent_bytes),
     ];
-    for (name, help, unit, pick) in counters {
-        let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
-        for queue in queues {
-            count(&mut metric, &queue.labels(), pick(&queue.counters).get())?;
-        }
-    }
-    Ok(())
+    encode_each(encoder, queues, counters)
 }
 
 fn encode_reactors(encoder: &mut DescriptorEncoder<'_>, reactors: &[Arc<ReactorCounters>]) -> fmt::Result {

@@ -30,4 +30,4 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
-pub use seam::{FunctionRun, FunctionStarter, Notify, Standing, StartError};
+pub use seam::{Backing, FunctionRun, FunctionStarter, Notify, SetError, Standing, StartError};

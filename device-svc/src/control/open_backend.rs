@@ -1,13 +1,17 @@
-//! The one place where a volume's settings become its storage.
+//! The one place where a volume's settings become its storage, and an uplink's its network.
 
 use std::sync::Arc;
 
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
+use crate::backend::net::NetBackend;
+use crate::backend::net::loopback::LoopbackBackend;
+use crate::backend::net::null::NullNet;
+use crate::backend::net::tap::{TapBackend, TapSettings};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
-use crate::config::{BackendConfig, NbdConfig, VolumeConfig};
+use crate::config::{BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig};
 
 /// Opens the storage of `config`.
 ///
@@ -45,4 +49,19 @@ fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, Back
     });
     let connections = usize::from(config.connections);
     Ok(NbdSettings { connections, tls, read_only, ..NbdSettings::new(uri) })
+}
+
+/// Opens the network of `config`.
+///
+/// # Errors
+/// When the network refuses or cannot be reached, in words that name it and the next step.
+pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> {
+    match &config.backend {
+        UplinkBackendConfig::Null => Ok(Arc::new(NullNet::new())),
+        UplinkBackendConfig::Loopback => Ok(Arc::new(LoopbackBackend::new())),
+        UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
+            let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
+            Ok(Arc::new(TapBackend::new(settings)?))
+        }
+    }
 }

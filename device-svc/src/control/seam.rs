@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::config::{FunctionConfig, LimitConfig, LimitGroupConfig};
+use crate::config::{FunctionConfig, LimitConfig, LimitGroupConfig, NetChange};
 use crate::metrics::{QueueCounters, ReactorCounters};
+use crate::uplink::Uplink;
 use crate::volume::Volume;
 
 /// How a function stands.
@@ -26,6 +27,15 @@ pub enum Standing {
 /// Is told of each change of a function's standing, from any thread; never blocks for long.
 pub type Notify = Box<dyn Fn(Standing) + Send + Sync>;
 
+/// What a function carries its requests or frames to.
+#[derive(Clone)]
+pub enum Backing {
+    /// A disk's.
+    Volume(Arc<Volume>),
+    /// A network interface's.
+    Uplink(Arc<Uplink>),
+}
+
 /// Why a function could not be started. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -37,6 +47,14 @@ pub enum StartError {
     Unavailable(String),
 }
 
+/// Why a function that runs was not changed. Everything is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum SetError {
+    /// It cannot be changed so: somebody has to ask for something else.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// One function while it exists.
 pub trait FunctionRun: Send + Sync {
     /// How it stands now.
@@ -45,11 +63,19 @@ pub trait FunctionRun: Send + Sync {
     /// What its queues count, by the queue's number.
     fn counters(&self) -> &[Arc<QueueCounters>];
 
-    /// Its volume has this size now, bytes: the guest is told.
+    /// A disk's volume has this size now, bytes: the guest is told.
     fn resized(&self, size_bytes: u64);
 
-    /// Changes its own limit while it runs.
+    /// Changes a disk's own limit while it runs.
     fn set_limit(&self, limit: &LimitConfig);
+
+    /// Changes a network interface while it runs, wholly or not at all; the guest is told of what it can be told. The uplink has been
+    /// asked whether it carries the MTU. A function starts with its link up, as far as its uplink has a carrier, which the function
+    /// follows by itself.
+    ///
+    /// # Errors
+    /// When it cannot be changed so.
+    fn set_net(&self, change: &NetChange) -> Result<(), SetError>;
 
     /// Ends it: the link is closed, the queues are stopped, nothing touches the VM's memory or the volume any more. Takes
     /// a bounded time, whatever the VMM and the storage server do.
@@ -58,15 +84,15 @@ pub trait FunctionRun: Send + Sync {
 
 /// Starts functions.
 pub trait FunctionStarter: Send + Sync {
-    /// Starts the function of `config` on `volume`; it shares the limit of `group` with the group's others.
+    /// Starts the function of `config` on `backing`, which suits its type; it shares the limit of `group` with the group's others.
     ///
     /// # Errors
-    /// When the link or the volume refuses.
+    /// When the link, the volume or the uplink refuses.
     fn start(
         &self,
         config: &FunctionConfig,
         group: Option<&LimitGroupConfig>,
-        volume: Arc<Volume>,
+        backing: Backing,
         notify: Notify,
     ) -> Result<Arc<dyn FunctionRun>, StartError>;
 

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use super::inventory::{Inventory, InventoryError, OpenBackend};
+use super::inventory::{Inventory, InventoryError, OpenBackend, OpenUplink};
 use super::metrics_http::serve_metrics;
 use super::seam::FunctionStarter;
 use super::service::{CardService, HostViewService};
@@ -47,7 +47,7 @@ pub enum ServeError {
         /// Why not.
         source: std::io::Error,
     },
-    /// A volume or function of the configuration.
+    /// A volume, uplink or function of the configuration.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The machine refuses what any service needs.
@@ -75,6 +75,7 @@ impl Card {
         config: &Config,
         starter: Arc<dyn FunctionStarter>,
         open_backend: OpenBackend,
+        open_uplink: OpenUplink,
     ) -> Result<Self, ServeError> {
         let listen = ListeningSocket::bind(config.control.listen.socket(), CARD_SOCKET_MODE)?;
         let shim = ListeningSocket::bind(config.control.shim.socket(), SHIM_SOCKET_MODE)?;
@@ -86,7 +87,7 @@ impl Card {
             listener.map_err(|source| ServeError::Metrics { address, source })
         };
         let metrics = config.control.metrics.map(bind).transpose()?;
-        Ok(Self { inventory: Arc::new(Inventory::new(starter, open_backend)), listen, shim, metrics })
+        Ok(Self { inventory: Arc::new(Inventory::new(starter, open_backend, open_uplink)), listen, shim, metrics })
     }
 
     /// What the card has.
@@ -101,7 +102,7 @@ impl Card {
         self.metrics.as_ref().and_then(|listener| listener.local_addr().ok())
     }
 
-    /// Starts the configuration's volumes and functions, calls `ready`, and serves until `stop` holds true; then stops all
+    /// Starts the configuration's volumes, uplinks and functions, calls `ready`, and serves until `stop` holds true; then stops all
     /// of it. Runs within a tokio runtime.
     ///
     /// # Errors

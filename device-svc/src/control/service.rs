@@ -68,6 +68,12 @@ async fn ask<T: Send + 'static>(
     answer.map_err(|error| Status::internal(format!("the card failed at this request: {error}")))?.map(Response::new)
 }
 
+fn set_function(inventory: &Inventory, request: v1::SetFunctionRequest) -> Result<v1::Function, Status> {
+    let name = request.name.clone();
+    let change = wire::function_change(request, &inventory.function(&name)?.config.device).map_err(invalid)?;
+    Ok(wire::function_message(inventory.set_function(&name, &change)?))
+}
+
 #[tonic::async_trait]
 impl v1::card_server::Card for CardService {
     type FollowEventsStream = Replies;
@@ -80,6 +86,7 @@ impl v1::card_server::Card for CardService {
                 instance: inventory.events().instance().to_string(),
                 reactors: inventory.reactor_counters().len() as u32,
                 volumes: inventory.volumes().len() as u32,
+                uplinks: inventory.uplinks().len() as u32,
                 functions: inventory.functions().len() as u32,
                 uptime_ms,
             })
@@ -133,6 +140,44 @@ impl v1::card_server::Card for CardService {
         .await
     }
 
+    async fn create_uplink(
+        &self,
+        request: Request<v1::CreateUplinkRequest>,
+    ) -> Result<Response<v1::CreateUplinkReply>, Status> {
+        ask(&self.inventory, move |inventory| {
+            let settings = request.into_inner().settings.unwrap_or_default();
+            let config = wire::uplink_config(settings).map_err(invalid)?;
+            let name = config.name.clone();
+            let created = inventory.create_uplink(config)?;
+            Ok(v1::CreateUplinkReply { uplink: Some(wire::uplink_message(inventory.uplink(&name)?)), created })
+        })
+        .await
+    }
+
+    async fn list_uplinks(&self, _: Request<v1::ListUplinksRequest>) -> Result<Response<v1::ListUplinksReply>, Status> {
+        ask(&self.inventory, |inventory| {
+            let uplinks = inventory.uplinks().into_iter().map(wire::uplink_message).collect();
+            Ok(v1::ListUplinksReply { uplinks })
+        })
+        .await
+    }
+
+    async fn get_uplink(&self, request: Request<v1::GetUplinkRequest>) -> Result<Response<v1::Uplink>, Status> {
+        ask(&self.inventory, move |inventory| Ok(wire::uplink_message(inventory.uplink(&request.get_ref().name)?)))
+            .await
+    }
+
+    async fn delete_uplink(
+        &self,
+        request: Request<v1::DeleteUplinkRequest>,
+    ) -> Result<Response<v1::DeleteUplinkReply>, Status> {
+        ask(&self.inventory, move |inventory| {
+            inventory.delete_uplink(&request.get_ref().name)?;
+            Ok(v1::DeleteUplinkReply {})
+        })
+        .await
+    }
+
     async fn create_function(
         &self,
         request: Request<v1::CreateFunctionRequest>,
@@ -163,14 +208,18 @@ impl v1::card_server::Card for CardService {
             .await
     }
 
+    async fn set_function(&self, request: Request<v1::SetFunctionRequest>) -> Result<Response<v1::Function>, Status> {
+        ask(&self.inventory, move |inventory| set_function(inventory, request.into_inner())).await
+    }
+
     async fn set_function_limit(
         &self,
         request: Request<v1::SetFunctionLimitRequest>,
     ) -> Result<Response<v1::Function>, Status> {
         ask(&self.inventory, move |inventory| {
-            let request = request.into_inner();
-            let limit = wire::limit_config(&request.limit.unwrap_or_default()).map_err(invalid)?;
-            Ok(wire::function_message(inventory.set_function_limit(&request.name, limit)?))
+            let v1::SetFunctionLimitRequest { name, limit } = request.into_inner();
+            let limit = Some(limit.unwrap_or_default());
+            set_function(inventory, v1::SetFunctionRequest { name, limit, ..Default::default() })
         })
         .await
     }
@@ -188,10 +237,7 @@ impl v1::card_server::Card for CardService {
 
     async fn get_stats(&self, _: Request<v1::GetStatsRequest>) -> Result<Response<v1::Stats>, Status> {
         ask(&self.inventory, |inventory| {
-            let functions = inventory.queue_counters().into_iter().map(|(name, queues)| v1::FunctionStats {
-                name,
-                queues: queues.iter().enumerate().map(|(index, queue)| wire::queue_stats(index, queue)).collect(),
-            });
+            let functions = inventory.queue_counters().into_iter().map(wire::function_stats);
             let reactors = inventory.reactor_counters();
             let reactors = reactors.iter().enumerate().map(|(index, reactor)| wire::reactor_stats(index, reactor));
             Ok(v1::Stats { at_ns: Moment::now().0, functions: functions.collect(), reactors: reactors.collect() })

@@ -5,11 +5,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::function::{CardFunction, FaultNotice, FunctionPlace, rates_of, start_courier};
-use super::seam::{FunctionRun, FunctionStarter, Notify, Standing, StartError};
+use super::seam::{Backing, FunctionRun, FunctionStarter, Notify, SetError, Standing, StartError};
 use crate::backend::BackendError;
 use crate::config::{
-    FunctionConfig, FunctionKind, LimitConfig, LimitGroupConfig, LinkConfig, LinkKind, NotifyConfig, ReactorsConfig,
-    SocketMode,
+    DeviceConfig, FunctionConfig, LimitConfig, LimitGroupConfig, LinkConfig, LinkKind, NetChange, NotifyConfig,
+    ReactorsConfig, SocketMode,
 };
 use crate::device::limit::Limit;
 use crate::link::vfio_user::{VfioUserLink, VfioUserSettings};
@@ -18,7 +18,6 @@ use crate::link::{FunctionSide, LinkError};
 use crate::metrics::{QueueCounters, ReactorCounters};
 use crate::pci::Identity;
 use crate::reactor::Reactors;
-use crate::volume::Volume;
 
 /// Starts the reactors of `config` and returns what starts functions on them.
 ///
@@ -61,18 +60,27 @@ impl FunctionStarter for OnReactors {
         &self,
         config: &FunctionConfig,
         group: Option<&LimitGroupConfig>,
-        volume: Arc<Volume>,
+        backing: Backing,
         notify: Notify,
     ) -> Result<Arc<dyn FunctionRun>, StartError> {
         config.check_reactors(&self.config).map_err(|(key, why)| StartError::Refused(format!("`{key}`: {why}")))?;
         let group = group.map(|group| self.limit_of(group));
         let place = FunctionPlace { reactors: Arc::clone(&self.reactors), courier: self.courier.clone(), notify };
-        let function = CardFunction::blk(config, &volume, group, place).map_err(|error| match error {
+        let (function, identity) = match (&config.device, &backing) {
+            (DeviceConfig::Blk(blk), Backing::Volume(volume)) => {
+                (CardFunction::blk(config, blk, volume, group, place), Identity::BLK)
+            }
+            (DeviceConfig::Net(net), Backing::Uplink(uplink)) => {
+                (CardFunction::net(config, net, uplink, place), Identity::NET)
+            }
+            _ => return Err(StartError::Refused("a disk is on a volume, a network interface on an uplink".to_owned())),
+        };
+        let function = function.map_err(|error| match error {
             BackendError::Refused(why) => StartError::Refused(why),
             BackendError::Unavailable(why) => StartError::Unavailable(why),
         })?;
-        match start_link(config, Arc::new(Arc::clone(&function))) {
-            Ok(link) => Ok(Arc::new(Running { function, link: Mutex::new(Some(link)), _volume: volume })),
+        match start_link(config, identity, Arc::new(Arc::clone(&function))) {
+            Ok(link) => Ok(Arc::new(Running { function, link: Mutex::new(Some(link)), _backing: backing })),
             Err(error) => {
                 function.close();
                 Err(StartError::Refused(error.to_string()))
@@ -91,7 +99,7 @@ enum Link {
     VfioUser { _link: VfioUserLink },
 }
 
-fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
+fn start_link(config: &FunctionConfig, identity: Identity, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
     let LinkConfig { socket, socket_mode, kind, .. } = &config.link;
     let (function, socket, mode) = (config.name.clone(), socket.clone(), *socket_mode);
     match *kind {
@@ -104,9 +112,6 @@ fn start_link(config: &FunctionConfig, side: Arc<dyn FunctionSide>) -> Result<Li
             VhostUserLink::start(settings, side).map(|link| Link::VhostUser { _link: link })
         }
         LinkKind::VfioUser { notify, msix } => {
-            let identity = match config.kind {
-                FunctionKind::Blk => Identity::BLK,
-            };
             let mapped = notify == NotifyConfig::Mapped;
             let settings = VfioUserSettings { function, socket, mode, identity, mapped, msix };
             VfioUserLink::start(settings, side).map(|link| Link::VfioUser { _link: link })
@@ -119,7 +124,7 @@ struct Running {
     function: Arc<CardFunction>,
     link: Mutex<Option<Link>>,
     /// Lives at least as long as its channels.
-    _volume: Arc<Volume>,
+    _backing: Backing,
 }
 
 impl FunctionRun for Running {
@@ -137,6 +142,10 @@ impl FunctionRun for Running {
 
     fn set_limit(&self, limit: &LimitConfig) {
         self.function.set_limit(limit);
+    }
+
+    fn set_net(&self, change: &NetChange) -> Result<(), SetError> {
+        self.function.set_net(change)
     }
 
     fn stop(&self) {

@@ -1,6 +1,8 @@
 //! The control interface end to end: clients over real sockets, functions that are fakes.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod net;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,10 +18,11 @@ use tokio::sync::{oneshot, watch};
 use tonic::Code;
 use tonic::transport::Channel;
 
-use super::fake::{FakeStarter, config, open_fake};
+use super::fake::{FakeStarter, config, open_fake, open_fake_network};
 use super::seam::Standing;
 use super::serve::{Card, ServeError};
 use super::wire;
+use crate::backend::net::Carrier;
 use crate::config::{Config, ControlAddress, Options};
 
 /// Far longer than anything here takes: only a test that hangs meets it.
@@ -30,6 +33,7 @@ struct Served {
     _folder: tempfile::TempDir,
     config: Config,
     starter: Arc<FakeStarter>,
+    carrier: Arc<Carrier>,
     metrics: SocketAddr,
     stop: watch::Sender<bool>,
     ended: tokio::task::JoinHandle<Result<(), ServeError>>,
@@ -43,13 +47,15 @@ impl Served {
         config.control.shim = ControlAddress::parse("unix:shim.sock", folder.path()).unwrap();
         config.control.metrics = Some("127.0.0.1:0".parse().unwrap());
         let starter = Arc::new(FakeStarter::default());
-        let card = Card::bind(&config, Arc::clone(&starter) as Arc<_>, open_fake()).unwrap();
+        let carrier = Arc::new(Carrier::new(true));
+        let network = open_fake_network(&carrier);
+        let card = Card::bind(&config, Arc::clone(&starter) as Arc<_>, open_fake(), network).unwrap();
         let metrics = card.metrics_address().unwrap();
         let (stop, stopping) = watch::channel(false);
         let (ready, is_ready) = oneshot::channel();
         let ended = tokio::spawn(card.serve(config.clone(), stopping, move || ready.send(()).unwrap()));
         is_ready.await.unwrap();
-        Self { _folder: folder, config, starter, metrics, stop, ended }
+        Self { _folder: folder, config, starter, carrier, metrics, stop, ended }
     }
 
     async fn card(&self) -> CardClient<Channel> {
@@ -83,7 +89,7 @@ async fn volumes_and_functions_over_the_socket() {
     let served = Served::start(&["f"]).await;
     let mut card = served.card().await;
     let info = card.get_info(v1::GetInfoRequest {}).await.unwrap().into_inner();
-    assert_eq!((info.volumes, info.functions, info.reactors), (2, 1, 1));
+    assert_eq!((info.volumes, info.uplinks, info.functions, info.reactors), (2, 2, 1, 1));
 
     let settings = volume_settings("x", "null,size=4M");
     let request = v1::CreateVolumeRequest { settings: Some(settings.clone()) };
@@ -246,7 +252,8 @@ async fn the_narrow_socket_has_no_operators_service() {
 #[tokio::test]
 async fn a_second_card_is_refused_and_disturbs_nothing() {
     let served = Served::start(&["f"]).await;
-    let second = Card::bind(&served.config, Arc::new(FakeStarter::default()), open_fake());
+    let network = open_fake_network(&served.carrier);
+    let second = Card::bind(&served.config, Arc::new(FakeStarter::default()), open_fake(), network);
     let error = second.err().unwrap().to_string();
     assert!(error.contains("card.sock is in use by a running service"), "{error}");
     served.card().await.get_info(v1::GetInfoRequest {}).await.unwrap();
@@ -259,7 +266,8 @@ async fn what_cannot_start_leaves_no_socket() {
     let mut config = config(&["f", "refused"]);
     config.control.listen = ControlAddress::parse("unix:card.sock", folder.path()).unwrap();
     config.control.shim = ControlAddress::parse("unix:shim.sock", folder.path()).unwrap();
-    let card = Card::bind(&config, Arc::new(FakeStarter::default()), open_fake()).unwrap();
+    let network = open_fake_network(&Arc::default());
+    let card = Card::bind(&config, Arc::new(FakeStarter::default()), open_fake(), network).unwrap();
     let (_stop, stopping) = watch::channel(false);
     let error = card.serve(config.clone(), stopping, || panic!("not ready")).await.unwrap_err();
     assert_eq!(error.to_string(), "function \"refused\": its socket is in use");

@@ -3,19 +3,24 @@
 //! Settings that arrive are read by the rules of the configuration file, so that a client can bring nothing that a file
 //! could not.
 
+mod stats;
+
 use std::path::Path;
 use std::time::Duration;
 
 use proto::v1;
 
 use super::events::{Event, EventKind};
-use super::inventory::{FunctionState, VolumeState};
+pub(super) use stats::{function_stats, reactor_stats};
+
+use super::inventory::{BackingState, FunctionChange, FunctionState, UplinkState, VolumeState};
 use super::seam::Standing;
+use super::standing::LinkState;
 use crate::config::quantity::format_duration;
 use crate::config::{
-    BackendConfig, ConfigError, FunctionConfig, LimitConfig, LinkConfig, LinkKind, Options, VolumeConfig,
+    BackendConfig, ConfigError, DeviceConfig, FunctionConfig, LimitConfig, LinkConfig, LinkKind, NetChange,
+    NetLimitConfig, Options, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
 };
-use crate::metrics::{QueueCounters, ReactorCounters, RequestKind};
 
 /// Relative paths mean nothing to a service; clients send absolute ones.
 const ROOT: &str = "/";
@@ -111,6 +116,42 @@ pub fn volume_settings(config: &VolumeConfig) -> v1::VolumeSettings {
     }
 }
 
+/// Reads an uplink's settings.
+///
+/// # Errors
+/// The first setting that is wrong.
+pub fn uplink_config(settings: v1::UplinkSettings) -> Result<UplinkConfig, ConfigError> {
+    use v1::uplink_backend::Kind;
+    let named = |name: &str| ("type", Some(name.to_owned()));
+    let options = Options::default().with("name", given(&settings.name));
+    let pairs = match settings.backend.and_then(|backend| backend.kind) {
+        None => return options.uplink(),
+        Some(Kind::Null(_)) => vec![named("null")],
+        Some(Kind::Loopback(_)) => vec![named("loopback")],
+        Some(Kind::Tap(tap)) => vec![
+            named("tap"),
+            ("name", Some(tap.name)),
+            ("netns", tap.netns),
+            ("mtu", tap.mtu.map(|mtu| mtu.to_string())),
+        ],
+    };
+    options.with_pairs("backend", pairs).uplink()
+}
+
+/// An uplink's settings as a message.
+#[must_use]
+pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
+    use v1::uplink_backend::Kind;
+    let kind = match &config.backend {
+        UplinkBackendConfig::Null => Kind::Null(v1::NullUplink {}),
+        UplinkBackendConfig::Loopback => Kind::Loopback(v1::LoopbackUplink {}),
+        UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
+            Kind::Tap(v1::TapUplink { name: name.clone(), netns: netns.clone(), mtu: mtu.map(u32::from) })
+        }
+    };
+    v1::UplinkSettings { name: config.name.clone(), backend: Some(v1::UplinkBackend { kind: Some(kind) }) }
+}
+
 /// Reads a function's settings.
 ///
 /// # Errors
@@ -126,6 +167,10 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
         .with("seg-max", positive(settings.seg_max.into()))
         .with("block-size", positive(settings.block_size.into()))
         .with("write-cache", settings.write_cache)
+        .with("uplink", given(&settings.uplink))
+        .with("mac", given(&settings.mac))
+        .with("mtu", positive(settings.mtu.into()))
+        .with("queue-pairs", positive(settings.queue_pairs.into()))
         .with("limit-group", given(&settings.limit_group));
     if let Some(link) = settings.link {
         let pairs = [
@@ -145,7 +190,7 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
     options.function(Path::new(ROOT))
 }
 
-fn limit_pairs(limit: &v1::Limit) -> [(&'static str, Option<String>); 7] {
+fn limit_pairs(limit: &v1::Limit) -> [(&'static str, Option<String>); 12] {
     [
         ("iops", positive(limit.iops)),
         ("bandwidth", positive(limit.bandwidth)),
@@ -153,20 +198,39 @@ fn limit_pairs(limit: &v1::Limit) -> [(&'static str, Option<String>); 7] {
         ("write-iops", positive(limit.write_iops)),
         ("read-bandwidth", positive(limit.read_bandwidth)),
         ("write-bandwidth", positive(limit.write_bandwidth)),
+        ("packets", positive(limit.packets)),
+        ("transmit-packets", positive(limit.transmit_packets)),
+        ("receive-packets", positive(limit.receive_packets)),
+        ("transmit-bandwidth", positive(limit.transmit_bandwidth)),
+        ("receive-bandwidth", positive(limit.receive_bandwidth)),
         ("burst", (limit.burst_us != 0).then(|| micros(limit.burst_us))),
     ]
 }
 
-/// Reads a limit.
+/// Reads what is to change of a function that is `device`.
 ///
 /// # Errors
-/// The first value that is out of range.
-pub fn limit_config(limit: &v1::Limit) -> Result<LimitConfig, ConfigError> {
-    let given = limit_pairs(limit).into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
-    Options::limit(&given.collect::<Vec<_>>().join(","))
+/// The first value that is wrong, or is for another type.
+pub fn function_change(request: v1::SetFunctionRequest, device: &DeviceConfig) -> Result<FunctionChange, ConfigError> {
+    let mut options =
+        Options::default().with("name", Some(&request.name)).with("mac", request.mac).with("mtu", request.mtu);
+    if let Some(limit) = request.limit {
+        options = options.with_pairs("limit", limit_pairs(&limit));
+    }
+    match (device, request.link_up) {
+        (DeviceConfig::Blk(_), None) => options.blk_change().map(FunctionChange::Blk),
+        (DeviceConfig::Blk(_), Some(_)) => {
+            let message =
+                format!("function {:?}: only a function of type \"net\" has a link that can be set", request.name);
+            Err(ConfigError::Options(message))
+        }
+        (DeviceConfig::Net(_), link_up) => {
+            options.net_change().map(|change| FunctionChange::Net(NetChange { link_up, ..change }))
+        }
+    }
 }
 
-/// A limit as a message.
+/// A disk's limit as a message.
 #[must_use]
 pub fn limit_message(limit: &LimitConfig) -> v1::Limit {
     v1::Limit {
@@ -177,25 +241,55 @@ pub fn limit_message(limit: &LimitConfig) -> v1::Limit {
         read_bandwidth: limit.read_bandwidth.unwrap_or(0),
         write_bandwidth: limit.write_bandwidth.unwrap_or(0),
         burst_us: as_micros(limit.burst),
+        ..v1::Limit::default()
+    }
+}
+
+/// A network interface's limit as a message.
+#[must_use]
+pub fn net_limit_message(limit: &NetLimitConfig) -> v1::Limit {
+    v1::Limit {
+        bandwidth: limit.bandwidth.unwrap_or(0),
+        packets: limit.packets.unwrap_or(0),
+        transmit_packets: limit.transmit_packets.unwrap_or(0),
+        receive_packets: limit.receive_packets.unwrap_or(0),
+        transmit_bandwidth: limit.transmit_bandwidth.unwrap_or(0),
+        receive_bandwidth: limit.receive_bandwidth.unwrap_or(0),
+        burst_us: as_micros(limit.burst),
+        ..v1::Limit::default()
     }
 }
 
 /// A function's settings as a message.
 #[must_use]
 pub fn function_settings(config: &FunctionConfig) -> v1::FunctionSettings {
-    v1::FunctionSettings {
+    let settings = v1::FunctionSettings {
         name: config.name.clone(),
-        r#type: config.kind.type_name().to_owned(),
+        r#type: config.device.type_name().to_owned(),
         link: Some(link_message(&config.link)),
-        volume: config.volume.clone(),
-        queues: config.queues.into(),
         queue_size: config.queue_size.into(),
         packed: Some(config.packed),
-        seg_max: config.seg_max.into(),
-        block_size: config.block_bytes.unwrap_or(0),
-        write_cache: Some(config.write_cache),
-        limit: Some(limit_message(&config.limit)),
-        limit_group: config.limit_group.clone().unwrap_or_default(),
+        ..v1::FunctionSettings::default()
+    };
+    match &config.device {
+        DeviceConfig::Blk(blk) => v1::FunctionSettings {
+            volume: blk.volume.clone(),
+            queues: blk.queues.into(),
+            seg_max: blk.seg_max.into(),
+            block_size: blk.block_bytes.unwrap_or(0),
+            write_cache: Some(blk.write_cache),
+            limit: Some(limit_message(&blk.limit)),
+            limit_group: blk.limit_group.clone().unwrap_or_default(),
+            ..settings
+        },
+        DeviceConfig::Net(net) => v1::FunctionSettings {
+            uplink: net.uplink.clone(),
+            mac: net.mac.to_string(),
+            mtu: net.mtu.into(),
+            queue_pairs: net.queue_pairs.into(),
+            limit: Some(net_limit_message(&net.limit)),
+            ..settings
+        },
     }
 }
 
@@ -237,28 +331,56 @@ fn state_of(standing: &Standing) -> v1::State {
     }
 }
 
+const fn link_state(link: LinkState) -> v1::LinkState {
+    v1::LinkState { set_up: link.set_up, carrier: link.carrier }
+}
+
+pub(super) fn uplink_message(state: UplinkState) -> v1::Uplink {
+    v1::Uplink {
+        settings: Some(uplink_settings(&state.config)),
+        carrier: state.carrier,
+        mtu_max: state.info.mtu_max.into(),
+        queue_pairs_max: state.info.channels_max.into(),
+        functions_max: state.info.functions_max as u64,
+        functions: state.functions,
+    }
+}
+
 pub(super) fn function_message(state: FunctionState) -> v1::Function {
     let running = if let Standing::Attached { running } = state.standing { running } else { 0 };
-    v1::Function {
+    let function = v1::Function {
         settings: Some(function_settings(&state.config)),
         state: state_of(&state.standing).into(),
         queues_running: running.into(),
+        queues: state.config.queues().into(),
         reason: if let Standing::NeedsReset { reason } = state.standing { reason } else { String::new() },
-        volume_uuid: state.volume.uuid.to_string(),
-        serial: state.volume.serial_text(),
-        size_bytes: state.size_bytes,
+        ..v1::Function::default()
+    };
+    match state.backing {
+        BackingState::Volume { config, size_bytes } => {
+            v1::Function { volume_uuid: config.uuid.to_string(), serial: config.serial_text(), size_bytes, ..function }
+        }
+        BackingState::Uplink { link } => v1::Function { link_state: Some(link_state(link)), ..function },
     }
 }
 
 pub(super) fn function_view(state: FunctionState) -> v1::FunctionView {
-    v1::FunctionView {
+    let view = v1::FunctionView {
         link: format!("{}:{}", state.config.link.type_name(), state.config.link.socket.display()),
         name: state.config.name,
-        r#type: state.config.kind.type_name().to_owned(),
-        volume_uuid: state.volume.uuid.to_string(),
-        serial: state.volume.serial_text(),
-        size_bytes: state.size_bytes,
+        r#type: state.config.device.type_name().to_owned(),
         state: state_of(&state.standing).into(),
+        mac: match &state.config.device {
+            DeviceConfig::Blk(_) => String::new(),
+            DeviceConfig::Net(net) => net.mac.to_string(),
+        },
+        ..v1::FunctionView::default()
+    };
+    match state.backing {
+        BackingState::Volume { config, size_bytes } => {
+            v1::FunctionView { volume_uuid: config.uuid.to_string(), serial: config.serial_text(), size_bytes, ..view }
+        }
+        BackingState::Uplink { link } => v1::FunctionView { link_state: Some(link_state(link)), ..view },
     }
 }
 
@@ -271,55 +393,16 @@ pub(super) fn event_message(event: Event) -> v1::Event {
         EventKind::NeedsReset { .. } => v1::EventKind::NeedsReset,
         EventKind::Recovered => v1::EventKind::Recovered,
         EventKind::Resized { .. } => v1::EventKind::Resized,
+        EventKind::LinkUp => v1::EventKind::LinkUp,
+        EventKind::LinkDown => v1::EventKind::LinkDown,
     };
     v1::Event {
         sequence: event.sequence,
         unix_ms: event.unix_ms,
         kind: kind.into(),
         function: event.function,
-        volume_uuid: event.volume.to_string(),
+        volume_uuid: event.volume.map(|volume| volume.to_string()).unwrap_or_default(),
         size_bytes: if let EventKind::Resized { size_bytes } = event.kind { size_bytes } else { 0 },
         reason: if let EventKind::NeedsReset { reason } = event.kind { reason } else { String::new() },
-    }
-}
-
-pub(super) fn queue_stats(index: usize, counters: &QueueCounters) -> v1::QueueStats {
-    let kinds = RequestKind::ALL.into_iter().map(|kind| v1::KindStats {
-        kind: kind.name().to_owned(),
-        requests: counters.requests[kind as usize].get(),
-        bytes: counters.bytes[kind as usize].get(),
-    });
-    v1::QueueStats {
-        index: index as u32,
-        kinds: kinds.collect(),
-        errors: counters.errors.get(),
-        in_flight: counters.in_flight.get(),
-        held: counters.held.get(),
-        throttled: counters.throttled.get(),
-        interrupts: counters.interrupts.get(),
-        doorbells: counters.doorbells.get(),
-        latency_buckets: counters.latency.buckets.iter().map(crate::metrics::Counter::get).collect(),
-        latency_sum_ns: counters.latency.sum_ns.get(),
-        dma_reads: counters.dma_reads.get(),
-        dma_writes: counters.dma_writes.get(),
-        dma_read_bytes: counters.dma_read_bytes.get(),
-        dma_write_bytes: counters.dma_write_bytes.get(),
-        dma_empty_polls: counters.dma_empty_polls.get(),
-        dma_lent: counters.dma_lent.get(),
-        dma_lent_bytes: counters.dma_lent_bytes.get(),
-    }
-}
-
-pub(super) fn reactor_stats(index: usize, counters: &ReactorCounters) -> v1::ReactorStats {
-    v1::ReactorStats {
-        index: index as u32,
-        turns_busy: counters.turns_busy.get(),
-        turns_idle: counters.turns_idle.get(),
-        busy_ns: counters.busy_ns.get(),
-        idle_ns: counters.idle_ns.get(),
-        asleep_ns: counters.asleep_ns.get(),
-        sleeps: counters.sleeps.get(),
-        turn_ns_max: counters.turn_ns_max.get(),
-        lanes: counters.lanes.get(),
     }
 }

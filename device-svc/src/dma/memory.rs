@@ -205,19 +205,20 @@ impl HostMemory {
         Ok(())
     }
 
-    /// Takes away every region inside this range; there may be none. Whoever looks one up from now on finds nothing.
+    /// Takes away every region inside this range; there may be none. Whoever looks one up from now on finds nothing. The range
+    /// may end with the address space: a VMM that sweeps it names its last byte too.
     ///
     /// # Errors
     /// When the range is empty or wraps, or would cut a region.
     pub fn remove(self: &Arc<Self>, start: Iova, length: u64) -> Result<Removed, MemoryError> {
         let bad = MemoryError::BadRange { start, length };
-        let end = start.checked_add(length).filter(|_| length > 0).ok_or(bad)?.0;
+        let last = length.checked_sub(1).and_then(|more| start.checked_add(more)).ok_or(bad)?.0;
         let mut writer = self.writer();
         let writer = &mut *writer;
         let before = writer.entries.range(..start.0).next_back();
-        let last = writer.entries.range(start.0..end).next_back();
+        let highest = writer.entries.range(start.0..=last).next_back();
         if before.is_some_and(|(_, entry)| entry.region.end() > start.0)
-            || last.is_some_and(|(_, entry)| entry.region.end() > end)
+            || highest.is_some_and(|(_, entry)| entry.region.end() - 1 > last)
         {
             return Err(MemoryError::Cut { start, length });
         }
@@ -227,7 +228,7 @@ impl HostMemory {
             self.losses_seen.store(u64::MAX, Ordering::Relaxed);
         }
         let mut removed = Removed { memory: Arc::clone(self), start, length, entries: Vec::new(), nodes: Vec::new() };
-        while let Some((&at, _)) = writer.entries.range(start.0..end).next()
+        while let Some((&at, _)) = writer.entries.range(start.0..=last).next()
             && let Some(entry) = writer.entries.remove(&at)
         {
             writer.pages.remove(&self.pages, entry.region.pages(), &mut removed.nodes);

@@ -91,6 +91,21 @@ pub trait HostEvents: Send + Sync {
     fn needs_reset(&self, queue: Option<u16>);
 }
 
+/// What a network function takes from its link beside what every function does: vhost-user has messages for it.
+pub trait NetworkSide {
+    /// Queue pairs.
+    fn pairs(&self) -> u16;
+
+    /// The driver was told this MTU, bytes (`VHOST_USER_NET_SET_MTU`).
+    ///
+    /// # Errors
+    /// When the function cannot carry it.
+    fn use_mtu(&self, mtu: u64) -> Result<(), Refusal>;
+
+    /// The VM is here now: the network shall learn where this address is (`VHOST_USER_SEND_RARP`).
+    fn announce(&self, address: [u8; 6]);
+}
+
 /// The function as its link sees it. Every call may block for a short time, never for a storage server.
 pub trait FunctionSide: Send + Sync {
     /// The device's feature bits (virtio 1.3, 6), without those of the transport.
@@ -102,7 +117,12 @@ pub trait FunctionSide: Send + Sync {
     /// The largest size of a queue.
     fn queue_size_max(&self) -> u16;
 
-    /// The device configuration space as it is now (virtio 1.3, 5.2.4).
+    /// What it takes as a network function, if it is one.
+    fn network(&self) -> Option<&dyn NetworkSide> {
+        None
+    }
+
+    /// The device configuration space as it is now (virtio 1.3, 5.1.4, 5.2.4).
     fn config_space(&self) -> Vec<u8>;
 
     /// The driver writes `data` at `offset` of the configuration space.

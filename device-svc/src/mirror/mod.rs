@@ -175,6 +175,14 @@ impl<E: DmaEngine> Mirror<E> {
         }
     }
 
+    /// The device reads all buffers of this queue and writes none: see [`ChainWalk::only_reads`](crate::virtqueue::ChainWalk::only_reads).
+    pub const fn only_reads(&mut self) {
+        match &mut self.ring {
+            Ring::Split(ring) => ring.only_reads(),
+            Ring::Packed(ring) => ring.only_reads(),
+        }
+    }
+
     /// The DMA engine, for headers, payload and status.
     #[inline]
     pub const fn engine(&mut self) -> &mut E {

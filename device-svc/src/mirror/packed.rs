@@ -337,6 +337,10 @@ impl PackedMirror {
         self.ring.staged_slots() > 0 || self.publishing.is_some()
     }
 
+    pub(super) const fn only_reads(&mut self) {
+        self.walk.only_reads();
+    }
+
     pub(super) const fn is_fetching(&self) -> bool {
         !matches!(self.fetching, Fetching::Idle)
     }

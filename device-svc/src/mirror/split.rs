@@ -411,6 +411,10 @@ impl SplitMirror {
         self.ring.staged() > 0 || matches!(self.publishing, Publishing::Waiting { .. })
     }
 
+    pub(super) const fn only_reads(&mut self) {
+        self.walk.only_reads();
+    }
+
     pub(super) const fn is_fetching(&self) -> bool {
         !matches!(self.fetching, Fetching::Idle)
     }

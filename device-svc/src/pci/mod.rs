@@ -33,6 +33,8 @@ pub struct Identity {
 impl Identity {
     /// virtio-blk.
     pub const BLK: Self = Self { device_type: 2, class: 0x0100 };
+    /// virtio-net.
+    pub const NET: Self = Self { device_type: 1, class: 0x0200 };
 }
 
 /// The BAR with virtio's structures.

@@ -72,6 +72,8 @@ pub struct ChainWalk {
     segments: Box<[Segment; SEGMENTS_MAX as usize]>,
     sums: Sums,
     allow_indirect: bool,
+    /// The flag that makes a buffer writable; none where the device writes no buffer anyway.
+    write_flag: u16,
 }
 
 impl Sums {
@@ -81,12 +83,13 @@ impl Sums {
         &mut self,
         segments: &mut [Segment; SEGMENTS_MAX as usize],
         descriptor: Descriptor,
+        write_flag: u16,
     ) -> Result<(), RingFault> {
         self.steps += 1;
         if self.steps > SEGMENTS_MAX {
             return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
         }
-        let writable = descriptor.flags & DESCRIPTOR_WRITE != 0;
+        let writable = descriptor.flags & write_flag != 0;
         if writable {
             self.writable_bytes = self.writable_bytes.checked_add(descriptor.length).ok_or(RingFault::ChainTooLarge)?;
         } else {
@@ -109,7 +112,13 @@ impl ChainWalk {
     #[must_use]
     pub fn new(allow_indirect: bool) -> Self {
         let segments = Box::new([Segment::default(); SEGMENTS_MAX as usize]);
-        Self { segments, sums: Sums::default(), allow_indirect }
+        Self { segments, sums: Sums::default(), allow_indirect, write_flag: DESCRIPTOR_WRITE }
+    }
+
+    /// All buffers are readable, whatever their flags say: for a queue that a device only reads from. DPDK's driver leaves a header
+    /// marked as writable in its indirect tables.
+    pub const fn only_reads(&mut self) {
+        self.write_flag = 0;
     }
 
     /// Starts with a new chain.
@@ -138,7 +147,7 @@ impl ChainWalk {
                 self.sums = sums;
                 return self.enter_table(descriptor).map(Some);
             }
-            sums.take(&mut self.segments, descriptor)?;
+            sums.take(&mut self.segments, descriptor, self.write_flag)?;
             if descriptor.flags & DESCRIPTOR_NEXT == 0 {
                 self.sums = sums;
                 return Ok(Some(Step::End));
@@ -166,7 +175,7 @@ impl ChainWalk {
         if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
             return self.enter_table(descriptor);
         }
-        self.sums.take(&mut self.segments, descriptor)?;
+        self.sums.take(&mut self.segments, descriptor, self.write_flag)?;
         Ok(if descriptor.flags & DESCRIPTOR_NEXT != 0 { Step::Next(descriptor.next) } else { Step::End })
     }
 

@@ -19,10 +19,12 @@ use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
 
+use super::super::ring::Ring;
 use super::super::{BackendError, BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
+use super::RING_USER;
 use super::bounce::{self, Bounce, PART_BYTES};
 use super::open::{DirectAlignment, OpenFile};
-use super::ring::Ring;
+
 use crate::clock::Moment;
 
 /// Requests under way at a time: enough for a fast disk, few enough that slab and ring stay under 64 KiB.
@@ -108,7 +110,7 @@ unsafe impl Send for Rows {}
 
 impl FileChannel {
     pub(super) fn new(file: Arc<OpenFile>) -> Result<Self, BackendError> {
-        let ring = Ring::new(file.as_fd(), DEPTH)?;
+        let ring = Ring::new(file.as_fd(), DEPTH, RING_USER)?;
         let nothing = BlockRequest {
             tag: Tag { lane: 0, row: 0 },
             operation: BlockOperation::Flush,

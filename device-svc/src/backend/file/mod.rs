@@ -3,7 +3,7 @@
 //! ```text
 //!   FileBackend ── OpenFile (locked, its geometry known)        open.rs
 //!        └─ FileChannel, one per reactor                        channel.rs
-//!               ├─ Ring: one io_uring                           ring.rs
+//!               ├─ Ring: one io_uring                           ../ring.rs
 //!               └─ Bounce: aligned memory, made when needed     bounce.rs
 //! ```
 //!
@@ -17,15 +17,17 @@
 mod bounce;
 mod channel;
 mod open;
-mod ring;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use self::channel::FileChannel;
 use self::open::OpenFile;
-use self::ring::Ring;
+use super::ring::Ring;
 use super::{BackendError, BlockBackend, BlockChannel, BlockInfo, PayloadPlace};
+
+/// Who needs io_uring, for people.
+const RING_USER: &str = "a volume in a file or block device";
 
 /// Whether to go around the page cache (`O_DIRECT`).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -69,7 +71,7 @@ impl FileBackend {
     pub fn open(settings: &FileSettings) -> Result<Self, BackendError> {
         let file = OpenFile::open(settings)?;
         // What io_uring lacks here is better said now than when the first queue starts.
-        Ring::new(file.as_fd(), 1)?;
+        Ring::new(file.as_fd(), 1, RING_USER)?;
         Ok(Self { file: Arc::new(file) })
     }
 }

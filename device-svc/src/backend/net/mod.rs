@@ -14,7 +14,10 @@ mod frame_ring;
 pub mod header;
 mod incoming;
 pub mod loopback;
+mod namespace;
 pub mod null;
+pub mod tap;
+mod watch;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::config::Config;
 use crate::control::open_backend::open_backend;
-use crate::control::seam::FunctionRun;
+use crate::control::seam::{Backing, FunctionRun};
 use crate::control::starter::start_reactors;
 use crate::volume::Volume;
 
@@ -53,7 +53,7 @@ impl Stand {
         let starter = start_reactors(&config.reactors)?;
         let backend = open_backend(volume).with_context(|| format!("the volume in {}", folder.0.display()))?;
         let volume = Arc::new(Volume::new(volume, backend));
-        let function = starter.start(function, None, volume, Box::new(|_| {}))?;
+        let function = starter.start(function, None, Backing::Volume(volume), Box::new(|_| {}))?;
         let socket = folder.0.join("disk.sock");
         Ok(Self { function, socket, folder })
     }

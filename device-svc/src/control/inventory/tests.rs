@@ -3,8 +3,23 @@
 
 use std::sync::atomic::Ordering;
 
+mod net;
+
 use super::*;
+use crate::config::{BackendConfig, BlkConfig, DeviceConfig, LimitConfig};
+use crate::control::events::EventKind;
 use crate::control::fake::{config, inventory};
+use crate::control::seam::Standing;
+
+/// A function like `from`, with another disk.
+fn with_disk(from: &FunctionConfig, change: impl FnOnce(&mut BlkConfig)) -> FunctionConfig {
+    let mut function = from.clone();
+    match &mut function.device {
+        DeviceConfig::Blk(blk) => change(blk),
+        DeviceConfig::Net(_) => panic!("{from:?} is no disk"),
+    }
+    function
+}
 
 fn kinds(inventory: &Inventory) -> Vec<(String, EventKind)> {
     inventory.events().after(0).events.into_iter().map(|event| (event.function, event.kind)).collect()
@@ -50,7 +65,7 @@ fn creating_what_exists() {
         inventory.create_volume(other),
         Err(InventoryError::Exists(format!("volume \"v\": `read-only`: {advice}")))
     );
-    let other = FunctionConfig { queues: 7, ..all.functions[0].clone() };
+    let other = with_disk(&all.functions[0], |disk| disk.queues = 7);
     assert_eq!(
         inventory.create_function(other),
         Err(InventoryError::Exists(format!("function \"f\": `queues`: {advice}")))
@@ -69,13 +84,12 @@ fn what_stands_against_another_is_refused() {
 
     let function = |name: &str, volume: &str| FunctionConfig {
         name: name.to_owned(),
-        volume: volume.to_owned(),
         link: crate::config::LinkConfig {
             socket: format!("/tmp/{name}.sock").into(),
             payload: crate::config::PayloadConfig::Copy,
             ..all.functions[0].link.clone()
         },
-        ..all.functions[0].clone()
+        ..with_disk(&all.functions[0], |disk| disk.volume = volume.to_owned())
     };
     assert_eq!(inventory.create_function(function("g", "v")), Ok(true));
     let error = inventory.create_function(function("h", "v")).unwrap_err().to_string();
@@ -91,7 +105,7 @@ fn what_stands_against_another_is_refused() {
     let same_socket = FunctionConfig { name: "h".to_owned(), ..all.functions[0].clone() };
     let error = inventory.create_function(same_socket).unwrap_err().to_string();
     assert_eq!(error, "function \"h\": `link`: function \"f\" has the socket /tmp/f.sock already; choose another");
-    let no_group = FunctionConfig { limit_group: Some("tin".to_owned()), ..function("h", "w") };
+    let no_group = with_disk(&function("h", "w"), |disk| disk.limit_group = Some("tin".to_owned()));
     let error = inventory.create_function(no_group).unwrap_err().to_string();
     assert_eq!(error, "function \"h\": `limit-group`: there is no limit group \"tin\"");
     let error = inventory.create_function(function("away", "w")).unwrap_err();
@@ -139,8 +153,8 @@ fn limits_change_while_running() {
     let (inventory, starter) = inventory();
     inventory.start_all(&config(&["f"])).unwrap();
     let limit = LimitConfig { iops: Some(7), ..LimitConfig::NONE };
-    let state = inventory.set_function_limit("f", limit.clone()).unwrap();
-    assert_eq!(state.config.limit, limit);
+    let state = inventory.set_function("f", &FunctionChange::Blk(limit.clone())).unwrap();
+    assert!(matches!(&state.config.device, DeviceConfig::Blk(disk) if disk.limit == limit), "{state:?}");
     assert_eq!(*starter.function("f").limit.lock().unwrap(), limit);
 }
 
@@ -149,7 +163,7 @@ fn blocks_must_fit() {
     let (inventory, _) = inventory();
     let mut all = config(&["f"]);
     all.volumes[1].backend = BackendConfig::Null { size_bytes: 512 * 9 };
-    all.functions[0].block_bytes = Some(4096);
+    all.functions[0] = with_disk(&all.functions[0], |disk| disk.block_bytes = Some(4096));
     let error = inventory.start_all(&all).unwrap_err().to_string();
     assert_eq!(error, "function \"f\": `block-size`: the volume's 4608 bytes are no multiple of 4096; resize it first");
 }
@@ -184,7 +198,7 @@ fn the_log_says_what_it_no_longer_has() {
     let log = EventLog::keeping(4);
     assert_eq!(log.after(0), crate::control::events::Batch { missed: 0, events: Vec::new() });
     for _ in 0..6 {
-        log.push("f", uuid::Uuid::nil(), EventKind::Created);
+        log.push("f", None, EventKind::Created);
     }
     let sequences = |after| {
         let batch = log.after(after);

@@ -29,8 +29,8 @@ fn samples(page: &str) -> HashMap<String, f64> {
 fn counters_appear() {
     let (inventory, starter) = inventory();
     inventory.start_all(&config(&["f", "g"])).unwrap();
-    let (_, queues) = inventory.queue_counters().remove(0);
-    let queue = &queues[1];
+    let function = inventory.queue_counters().remove(0);
+    let queue = &function.queues[1];
     queue.requests[RequestKind::Read as usize].add(3);
     queue.bytes[RequestKind::Read as usize].add(12288);
     queue.errors.add(1);
@@ -65,6 +65,40 @@ fn counters_appear() {
     assert_eq!(of("dray_reactor_busy_share{reactor=\"0\"}"), 0.25);
     assert_eq!(of("dray_reactor_turn_max_seconds{reactor=\"0\"}"), 0.002);
     assert_eq!(of("dray_reactor_time_seconds_total{reactor=\"0\",state=\"asleep\"}"), 3.0);
+}
+
+#[test]
+fn frames_appear_by_direction_and_drops_by_reason() {
+    let (inventory, _) = inventory();
+    inventory.start_all(&config(&["f", "net0"])).unwrap();
+    let function = inventory.queue_counters().remove(1);
+    assert_eq!((function.config.name.as_str(), function.queues.len()), ("net0", 3));
+    let [receive, transmit, control] = &function.queues[..] else { panic!("a pair and the control queue") };
+    receive.net.packets.add(3);
+    receive.net.bytes.add(4500);
+    receive.net.drop_for(DropReason::NoBuffer);
+    transmit.net.packets.add(2);
+    transmit.net.broadcasts.add(1);
+    transmit.net.drop_for(DropReason::UplinkFull);
+    transmit.net.drop_for(DropReason::UplinkFull);
+    control.interrupts.add(7);
+
+    let samples = samples(&metrics_page(&inventory).unwrap());
+    let of = |name: &str| *samples.get(name).unwrap_or_else(|| panic!("{name} is missing in {samples:#?}"));
+    let rx = "function=\"net0\",queue=\"0\",direction=\"receive\"";
+    let tx = "function=\"net0\",queue=\"1\",direction=\"transmit\"";
+    assert_eq!(of(&format!("dray_net_packets_total{{{rx}}}")), 3.0);
+    assert_eq!(of(&format!("dray_net_bytes_total{{{rx}}}")), 4500.0);
+    assert_eq!(of(&format!("dray_net_packets_total{{{tx}}}")), 2.0);
+    assert_eq!(of(&format!("dray_net_broadcasts_total{{{tx}}}")), 1.0);
+    assert_eq!(of(&format!("dray_net_drops_total{{{rx},reason=\"no_buffer\"}}")), 1.0);
+    assert_eq!(of(&format!("dray_net_drops_total{{{tx},reason=\"uplink_full\"}}")), 2.0);
+    assert_eq!(of(&format!("dray_net_drops_total{{{tx},reason=\"spoofed\"}}")), 0.0);
+    assert_eq!(of("dray_interrupts_total{function=\"net0\",queue=\"2\"}"), 7.0);
+    // Each type has what it has.
+    let has = |start: &str| samples.keys().any(|name| name.starts_with(start));
+    assert!(!has("dray_requests_total{function=\"net0\"") && !has("dray_net_packets_total{function=\"f\""));
+    assert!(!has("dray_net_packets_total{function=\"net0\",queue=\"2\""));
 }
 
 #[test]

@@ -85,6 +85,8 @@ pub struct NetShared {
     carrier_up: AtomicBool,
     /// The driver shall announce itself (virtio 1.3, 5.1.6.5.4).
     announce: AtomicBool,
+    /// The address that the card shall announce in the driver's place, if any: 0 is none.
+    announced_by_card: AtomicU64,
 }
 
 /// `struct virtio_net_config` up to what we offer (virtio 1.3, 5.1.4).
@@ -142,6 +144,12 @@ const fn bits_of(mac: Octets) -> u64 {
     u64::from_be_bytes([0, 0, a, b, c, d, e, f])
 }
 
+/// From [`bits_of`].
+const fn octets_of(bits: u64) -> Octets {
+    let [_, _, a, b, c, d, e, f] = bits.to_be_bytes();
+    [a, b, c, d, e, f]
+}
+
 /// Bytes of the header before each frame.
 const fn header_bytes(accepted: u64) -> u32 {
     if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
@@ -181,6 +189,7 @@ impl NetShared {
             wanted_up: AtomicBool::new(true),
             carrier_up: AtomicBool::new(carrier_up),
             announce: AtomicBool::new(false),
+            announced_by_card: AtomicU64::new(0),
             settings,
             uplink,
         }
@@ -264,8 +273,7 @@ impl NetShared {
     /// The MAC address that the configuration space shows.
     #[must_use]
     pub fn mac(&self) -> Octets {
-        let [_, _, a, b, c, d, e, f] = self.mac.load(Ordering::Acquire).to_be_bytes();
-        [a, b, c, d, e, f]
+        octets_of(self.mac.load(Ordering::Acquire))
     }
 
     /// The function tells the driver another MTU, bytes.
@@ -284,6 +292,30 @@ impl NetShared {
     pub fn announce(&self) -> bool {
         self.announce.store(self.settings.control, Ordering::Release);
         self.settings.control
+    }
+
+    /// The card tells the network where this address is, for a driver that cannot be asked to.
+    pub fn announce_for(&self, address: Octets) {
+        self.announced_by_card.store(bits_of(address), Ordering::Release);
+        self.tell_lanes();
+    }
+
+    /// Takes what the card is to announce.
+    fn take_announcement(&self) -> Option<Octets> {
+        let bits = self.announced_by_card.swap(0, Ordering::AcqRel);
+        (bits != 0).then(|| octets_of(bits))
+    }
+
+    /// Queue pairs.
+    #[must_use]
+    pub const fn pairs(&self) -> u16 {
+        self.settings.pairs
+    }
+
+    /// The largest MTU that can be set, bytes.
+    #[must_use]
+    pub const fn mtu_max(&self) -> u16 {
+        self.uplink.mtu_max
     }
 
     /// The driver has announced itself.

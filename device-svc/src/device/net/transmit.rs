@@ -14,6 +14,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use super::filter::{BROADCAST, Octets};
 use super::{NetShared, ROWS_MAX, count, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
@@ -70,6 +71,8 @@ pub struct TransmitLane<E> {
     /// What a burst is made of: ranges of memory, and how many of them each frame has.
     vectors: Vec<libc::iovec>,
     frames: Vec<Outgoing>,
+    /// What holds as of this epoch; nothing before the first turn.
+    epoch: Option<u32>,
     /// The channel took less than it was given.
     full: bool,
     throttled_until: Option<Moment>,
@@ -97,8 +100,10 @@ impl<E: DmaEngine> TransmitLane<E> {
         let row_memory = layout.take(u32::from(rows) * ROW_BYTES);
         let copies = !E::LENDS || shared.settings.copy_payload;
         let pages = copies.then(|| Pages::new(layout.take_pages(COPY_PAGES * PAGE_BYTES), COPY_PAGES));
+        let mut queue = Queue::new(start, layout, counters, report, engine)?;
+        queue.mirror.only_reads();
         Ok(Self {
-            queue: Queue::new(start, layout, counters, report, engine)?,
+            queue,
             pair,
             shared,
             rows: (0..rows).map(|_| Row::default()).collect(),
@@ -113,6 +118,7 @@ impl<E: DmaEngine> TransmitLane<E> {
             allowed: transmit_offloads(accepted),
             vectors: Vec::with_capacity(4 * BURST),
             frames: Vec::with_capacity(BURST),
+            epoch: None,
             full: false,
             throttled_until: None,
         })
@@ -170,8 +176,8 @@ impl<E: DmaEngine> TransmitLane<E> {
         let fetched = queue.mirror.fetch(budget, |engine, chain| {
             let slot = usize::from(*popped) & mask;
             let row = &mut rows[slot];
-            if chain.writable_bytes > 0 || chain.readable_bytes < *header_bytes {
-                bad.get_or_insert(QueueFault::Request("a frame has no header, or can be written"));
+            if chain.readable_bytes < *header_bytes {
+                bad.get_or_insert(QueueFault::Request("a frame has no header"));
                 return;
             }
             let taken = take_chain(row, chain, engine, first.add(slot as u32 * ROW_BYTES));
@@ -293,6 +299,17 @@ impl<E: DmaEngine> TransmitLane<E> {
         Ok(())
     }
 
+    /// Sends a frame of the card's own: the reverse address request that switches learn a station's place from.
+    #[cold]
+    fn announce(&self, channel: &mut dyn NetChannel) {
+        let Some(address) = self.shared.take_announcement() else { return };
+        let frame = announcement(address);
+        let range = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
+        // SAFETY: the list and the frame outlive the call, which is as long as a channel looks at them.
+        let segments = unsafe { Segments::new(&raw const range, 1) };
+        channel.transmit(&[Outgoing { header: NetHeader::DONE, segments, bytes: frame.len() as u32 }]);
+    }
+
     /// What a row's frame asks for, and how long it is; or why it is not sent.
     #[inline]
     fn frame(&self, number: u16, link_up: bool) -> Result<(NetHeader, u32), DropReason> {
@@ -359,6 +376,18 @@ impl<E: DmaEngine> TransmitLane<E> {
     }
 }
 
+/// A request by RARP (RFC 903) to everybody, which says nothing but where it comes from.
+fn announcement(address: Octets) -> [u8; 60] {
+    const HEAD: [u8; 10] = [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3];
+    let mut frame = [0; 60];
+    frame[..6].copy_from_slice(&BROADCAST);
+    frame[6..12].copy_from_slice(&address);
+    frame[12..22].copy_from_slice(&HEAD);
+    frame[22..28].copy_from_slice(&address);
+    frame[32..38].copy_from_slice(&address);
+    frame
+}
+
 /// Keeps a chain, and asks for its first bytes.
 #[inline]
 fn take_chain<E: DmaEngine>(
@@ -395,6 +424,10 @@ impl<E: DmaEngine> NetLane for TransmitLane<E> {
     #[inline]
     fn turn(&mut self, now: Moment, chains_max: u16, channel: Option<&mut (dyn NetChannel + 'static)>) -> bool {
         let (true, Some(channel)) = (self.queue.begin_turn(), channel) else { return false };
+        let epoch = self.shared.epoch();
+        if self.epoch.replace(epoch) != Some(epoch) && self.pair == 0 {
+            self.announce(channel);
+        }
         // It may have room again: a channel that has none is asked once in a turn.
         self.full = false;
         let worked = self.work(now, chains_max, channel);

@@ -344,11 +344,12 @@ impl Session {
         needed += capability.len() as u32;
         reply.argsz = needed;
         reply.flags |= REGION_MMAP | REGION_CAPS;
+        // Said also to a VMM that has no room for it yet: QEMU asks again with more, but takes an offset of 0 for an error.
+        reply.cap_offset = size_of::<RegionInfo>() as u32;
         let again = pages.try_clone().or_else(|error| refusal(Errno::EMFILE, error))?;
         let mut body = reply.as_bytes().to_vec();
         if info.argsz >= needed {
-            reply.cap_offset = size_of::<RegionInfo>() as u32;
-            body = [reply.as_bytes(), &capability].concat();
+            body.extend_from_slice(&capability);
         }
         Ok(Reply { body, fds: vec![again] })
     }

@@ -20,9 +20,57 @@ const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 /// `VHOST_USER_NEED_REPLY_MASK`.
 const NEED_REPLY: u32 = 1 << 3;
 
+/// What a network function is told, by messages that the `vhost` crate does not know.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum NetMessage {
+    /// `VHOST_USER_SEND_RARP`: the address that the VM has.
+    Announce([u8; 6]),
+    /// `VHOST_USER_NET_SET_MTU`: what the driver was told, bytes.
+    Mtu(u64),
+}
+
+impl NetMessage {
+    const SEND_RARP: u32 = 19;
+    const SET_MTU: u32 = 20;
+    /// Each carries one number.
+    const BODY_BYTES: usize = 8;
+    /// Of a reply: version 1, and that it is one.
+    const REPLY: u32 = 0b101;
+
+    /// Takes such a message off the stream, if the next one is: then the crate does not see it.
+    fn take(stream: &UnixStream, request: u32, bytes: u32) -> Option<Self> {
+        if !matches!(request, Self::SEND_RARP | Self::SET_MTU) || bytes as usize != Self::BODY_BYTES {
+            return None;
+        }
+        let mut whole = [0; HEADER_BYTES + Self::BODY_BYTES];
+        if recv(stream.as_raw_fd(), &mut whole, MsgFlags::MSG_WAITALL) != Ok(whole.len()) {
+            return None;
+        }
+        let body = *whole.last_chunk::<{ Self::BODY_BYTES }>()?;
+        Some(match request {
+            Self::SET_MTU => Self::Mtu(u64::from_ne_bytes(body)),
+            _ => Self::Announce(*body.first_chunk()?),
+        })
+    }
+
+    /// Answers it, where an answer is wanted.
+    pub(super) fn answer(self, stream: &UnixStream, done: bool) -> nix::Result<()> {
+        let request = match self {
+            Self::Announce(_) => Self::SEND_RARP,
+            Self::Mtu(_) => Self::SET_MTU,
+        };
+        let mut bytes: Vec<u8> =
+            [request, Self::REPLY, Self::BODY_BYTES as u32].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        bytes.extend(u64::from(!done).to_ne_bytes());
+        send(stream.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).map(drop)
+    }
+}
+
 /// What a message says about itself before it is read.
 #[derive(Debug)]
 pub(super) struct Peeked {
+    /// It was one of those, and has been read.
+    pub(super) net: Option<NetMessage>,
     /// Whether the front end waits to hear how it went.
     pub(super) wants_reply: bool,
     /// The channel that it hands over.
@@ -32,13 +80,13 @@ pub(super) struct Peeked {
 impl Default for Peeked {
     /// Of a header that comes in pieces nothing is known; its front end gets the benefit of the doubt.
     fn default() -> Self {
-        Self { wants_reply: true, channel: None }
+        Self { net: None, wants_reply: true, channel: None }
     }
 }
 
 impl Peeked {
-    /// Waits for the next message, which stays to be read.
-    pub(super) fn wait_for(stream: &UnixStream) -> Self {
+    /// Waits for the next message, which stays to be read, but for those that only a `network` function knows.
+    pub(super) fn wait_for(stream: &UnixStream, network: bool) -> Self {
         let mut header = [0; HEADER_BYTES];
         // Without room for descriptors none is made.
         if recv(stream.as_raw_fd(), &mut header, MsgFlags::MSG_PEEK) != Ok(HEADER_BYTES) {
@@ -46,7 +94,8 @@ impl Peeked {
         }
         let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let channel = (word(0) == SET_BACKEND_REQ_FD).then(|| Channel::peek(stream)).flatten();
-        Self { wants_reply: word(4) & NEED_REPLY != 0, channel }
+        let net = if network { NetMessage::take(stream, word(0), word(8)) } else { None };
+        Self { net, wants_reply: word(4) & NEED_REPLY != 0, channel }
     }
 }
 

@@ -39,12 +39,19 @@ pub(super) struct Ring {
 
 /// A base as SET_VRING_BASE and GET_VRING_BASE carry it: on a split ring the available index, on a packed ring available slot
 /// and wrap counter in the lower half, used slot and wrap counter in the upper.
+///
+/// Front ends of before the upper half had a meaning (DPDK's) leave it empty: for them used and available place are one, because
+/// nothing is in flight when they ask. A ring with something in flight whose used place is the first slot of a second lap looks the
+/// same; only a base that we gave away ourselves can be that, and the session knows those.
 pub(super) fn decode_base(base: u32, packed: bool) -> Result<QueuePosition, String> {
     if !packed {
         let next_avail = u16::try_from(base).map_err(|_| format!("{base:#x} is not an available index"))?;
         return Ok(QueuePosition { next_avail, ..QueuePosition::default() });
     }
-    let (avail, used) = (base as u16, (base >> 16) as u16);
+    let (avail, used) = match (base as u16, (base >> 16) as u16) {
+        (avail, 0) => (avail, avail),
+        both => both,
+    };
     Ok(QueuePosition {
         next_avail: avail & 0x7fff,
         avail_wrap: avail & 0x8000 != 0,

@@ -18,7 +18,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::channel::{Channel, Peeked};
+use super::channel::{Channel, NetMessage, Peeked};
 use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{CardAddress, FrontEndAddress, Iova};
@@ -96,10 +96,30 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
     };
     tracing::info!(function = name, "a front end is attached");
     let peeked = stream.try_clone();
+    let network = function.network();
     let session = Arc::new(Mutex::new(session));
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let end = loop {
-        let next = peeked.as_ref().map(Peeked::wait_for).unwrap_or_default();
+        let next = peeked.as_ref().map(|stream| Peeked::wait_for(stream, network.is_some())).unwrap_or_default();
+        if let (Some(message), Some(network), Ok(stream)) = (next.net, network, &peeked) {
+            let done = match message {
+                NetMessage::Announce(address) => {
+                    network.announce(address);
+                    true
+                }
+                NetMessage::Mtu(mtu) => match network.use_mtu(mtu) {
+                    Ok(()) => true,
+                    Err(why) => {
+                        session.lock().unwrap_or_else(PoisonError::into_inner).refuse("an MTU", why);
+                        false
+                    }
+                },
+            };
+            let wants_reply = next.wants_reply && session.lock().unwrap_or_else(PoisonError::into_inner).replies;
+            // A front end that is gone is noticed with the next message.
+            let _ = if wants_reply { message.answer(stream, done) } else { Ok(()) };
+            continue;
+        }
         if let Some(channel) = next.channel {
             *events.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
         }
@@ -265,7 +285,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
+        let network = VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU;
+        let network = self.function.network().map_or(VhostUserProtocolFeatures::empty(), |_| network);
+        Ok(network
+            | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
@@ -279,7 +302,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.rings.len() as u64)
+        // Of a network function front ends count pairs.
+        Ok(self.function.network().map_or(self.rings.len() as u64, |network| network.pairs().into()))
     }
 
     fn set_mem_table(
@@ -351,7 +375,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, _) = self.ring(index)?;
         let position = decode_base(base, packed).map_err(|why| self.refuse("a ring's base", why))?;
         self.halt(number);
-        self.rings[usize::from(number)].position = Some(position);
+        let known = self.rings[usize::from(number)].position.filter(|known| encode_base(*known, packed) == base);
+        self.rings[usize::from(number)].position = Some(known.unwrap_or(position));
         self.settle(number, true)
     }
 

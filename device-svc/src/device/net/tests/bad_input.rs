@@ -66,14 +66,8 @@ fn a_buffer_outside_memory_stops_the_queue() {
 #[test]
 fn a_chain_of_the_wrong_kind_stops_the_queue() {
     let buffer = |length, writable| Buffer { address: Iova(0x1_0000), length, writable };
-    let cases: [(usize, &[Buffer]); 6] = [
-        (0, &[buffer(2048, false)]),
-        (0, &[buffer(11, true)]),
-        (1, &[buffer(2048, true)]),
-        (1, &[buffer(11, false)]),
-        (1, &[buffer(64, false), buffer(64, true)]),
-        (2, &[buffer(64, false)]),
-    ];
+    let cases: [(usize, &[Buffer]); 4] =
+        [(0, &[buffer(2048, false)]), (0, &[buffer(11, true)]), (1, &[buffer(11, false)]), (2, &[buffer(64, false)])];
     for (queue, chain) in cases {
         let mut bed = Bed::new(&Shape::new());
         let driver = [bed.receive.queue(), bed.transmit.queue(), bed.commands.queue()].into_iter().nth(queue).unwrap();
@@ -118,5 +112,19 @@ fn an_abandoned_queue_lets_go() {
         }
         assert_eq!(bed.transmit.reap(), 0, "nothing more is published");
         assert!(bed.receive.take().is_none());
+    }
+}
+
+/// DPDK's driver marks headers as writable in its indirect tables; nothing is ever written there.
+#[test]
+fn what_a_driver_sends_is_only_read() {
+    for shape in [Shape::new(), Shape { wanted: u64::MAX, indirect: true, ..Shape::new() }] {
+        let mut bed = Bed::new(&shape);
+        bed.receive.add_buffers(1, 1);
+        assert!(bed.transmit.send(FrameHeader::default(), &frame_to(PEER, 100, 1), &[12]));
+        // Memory that nobody has written: a header that asks for nothing.
+        let part = |at: u64, length| Buffer { address: Iova((7 << 20) + at), length, writable: length == 12 };
+        assert!(bed.transmit.queue().add(&[part(0, 12), part(4096, 100)], 40));
+        bed.until("both frames sent", |bed| (bed.counters[1].net.packets.get() == 2).then_some(()));
     }
 }

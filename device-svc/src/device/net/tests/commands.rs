@@ -153,3 +153,18 @@ fn what_is_not_a_command_is_refused_and_changes_nothing() {
     assert_eq!(bed.counters[2].errors.get(), 16);
     assert!(bed.faults.0.lock().unwrap().is_empty());
 }
+
+/// What the card says in the place of a driver that knows no such thing.
+#[test]
+fn the_card_announces_an_address() {
+    let mut bed = Bed::new(&Shape::new());
+    bed.receive.add_buffers(2, 1);
+    bed.shared.announce_for(OTHER);
+    let (_, frame) = bed.frame();
+    assert_eq!((&frame[..6], &frame[6..12], &frame[12..14]), (&OTHER[..], &EVERYBODY[..], &[0x80, 0x35][..]));
+    assert_eq!((&frame[22..28], &frame[32..38]), (&OTHER[..], &OTHER[..]));
+    for _ in 0..10 {
+        bed.turn();
+    }
+    assert!(bed.receive.take().is_none(), "once");
+}

@@ -48,6 +48,19 @@ fn a_sweep_takes_all_that_is_inside_and_cuts_nothing() {
     assert!(table.memory().regions().is_empty());
 }
 
+/// QEMU, when a guest turns its IOMMU off, sweeps what lies above the interrupts' addresses with one message.
+#[test]
+fn a_sweep_may_reach_the_end_of_the_address_space() {
+    let (mut table, ram) = (DmaTable::default(), file(0x10000));
+    table.map(Iova(1 << 32), 0x4000, Access::Both, 0, Some(&ram)).unwrap();
+    table.map(Iova(u64::MAX - 0x2fff), 0x2000, Access::Both, 0, Some(&ram)).unwrap();
+    assert!(!table.unmap(Iova(0xfef0_0000), 0_u64.wrapping_sub(0xfef0_0000)).unwrap().is_empty());
+    assert!(table.memory().regions().is_empty());
+    for (start, length) in [(0x1000, u64::MAX), (0x1000, 0), (0, 0)] {
+        assert_eq!(table.unmap(Iova(start), length).unwrap_err().errno(), Errno::EINVAL, "{start:#x}");
+    }
+}
+
 #[test]
 fn what_is_no_range_is_refused() {
     let (mut table, ram) = (DmaTable::default(), file(0x10000));

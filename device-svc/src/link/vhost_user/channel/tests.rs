@@ -17,7 +17,7 @@ fn no_descriptor_stays_open_however_many_come() {
         let control = [ControlMessage::ScmRights(&fds)];
         let control = if count > 0 { &control[..] } else { &[] };
         sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(&header)], control, MsgFlags::empty(), None).unwrap();
-        let peeked = Peeked::wait_for(&ours);
+        let peeked = Peeked::wait_for(&ours, false);
         assert_eq!(peeked.channel.is_some(), count > 0, "{count}");
         drop((peeked, ours, theirs, writer));
         // The end of the pipe is seen when every descriptor of its other side is closed; until then this would block.

@@ -1,4 +1,4 @@
-//! One io_uring with one file in it, used by one reactor.
+//! One io_uring with one file in it, used by one reactor: what the channels of files and of taps have in common.
 //!
 //! The ring is made by the control thread and switched on by the reactor's, on its first turn: a ring with
 //! `SINGLE_ISSUER` belongs to the thread that enables it. `DEFER_TASKRUN` keeps the kernel from interrupting the reactor:
@@ -11,17 +11,18 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 
 use io_uring::{EnterFlags, IoUring, cqueue, squeue};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::BackendError;
+use super::BackendError;
 
 /// Polls that find nothing before the eventfd is armed. Arming and quieting cost two system calls, about half a
 /// microsecond; by then some microseconds have been waited, and a disk that is faster than that is never slowed down.
 const IDLE_POLLS: u32 = 64;
 
-/// A ring whose file number 0 is the volume's.
+/// A ring whose file number 0 is the channel's.
 pub(super) struct Ring {
     ring: IoUring,
     enabled: bool,
@@ -30,7 +31,7 @@ pub(super) struct Ring {
     /// Whether the kernel says in shared memory that `exchange` has something to collect.
     tells_work: bool,
     /// Signalled by the kernel when something has ended, while armed.
-    wake: EventFd,
+    wake: Arc<EventFd>,
     armed: bool,
     /// Polls in a row that found nothing.
     idle_polls: u32,
@@ -40,8 +41,10 @@ pub(super) struct Ring {
 
 impl Ring {
     /// A ring for `entries` requests, not yet switched on. To be called on a thread that is not pinned: the kernel's
-    /// workers may run where this thread may, or they would all share the reactor's core.
-    pub(super) fn new(file: BorrowedFd<'_>, entries: u32) -> Result<Self, BackendError> {
+    /// workers may run where this thread may, or they would all share the reactor's core. `user` is who needs it, for people:
+    /// "a tap".
+    pub(super) fn new(file: BorrowedFd<'_>, entries: u32, user: &str) -> Result<Self, BackendError> {
+        let explain = |error: &io::Error| explain(error, user);
         let (mut ring, tells_work) = build(entries).map_err(|error| explain(&error))?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| explain(&errno.into()))?;
@@ -54,7 +57,7 @@ impl Ring {
             enabled: false,
             unsubmitted: 0,
             tells_work,
-            wake,
+            wake: Arc::new(wake),
             armed: false,
             idle_polls: 0,
             worker_cpus: cpus(),
@@ -86,17 +89,26 @@ impl Ring {
         if !self.enabled {
             self.enable()?;
         }
-        let must_collect = {
-            let queue = self.ring.submission();
-            (self.tells_work && queue.taskrun()) || queue.cq_overflow()
-        };
-        if self.unsubmitted > 0 || must_collect {
+        if self.unsubmitted > 0 || self.must_collect() {
             // Before the kernel runs what it deferred: that may signal without anything having ended for us, and a signal
             // that stayed would keep the reactor awake.
             self.disarm();
             return self.enter(0);
         }
         Ok(())
+    }
+
+    /// Whether what has ended waits for an `exchange` that enters the kernel. Reads shared memory only.
+    #[inline]
+    fn must_collect(&mut self) -> bool {
+        let queue = self.ring.submission();
+        (self.tells_work && queue.taskrun()) || queue.cq_overflow()
+    }
+
+    /// Whether something has ended, or may have. Reads shared memory only.
+    #[inline]
+    pub(super) fn has_work(&mut self) -> bool {
+        self.must_collect() || !self.ring.completion().is_empty()
     }
 
     /// The poll found something.
@@ -119,8 +131,12 @@ impl Ring {
         self.armed
     }
 
+    /// Arms the eventfd, unless something has ended meanwhile: see `armed`.
     #[cold]
-    fn arm(&mut self) -> io::Result<()> {
+    pub(super) fn arm(&mut self) -> io::Result<()> {
+        if !self.enabled {
+            self.enable()?;
+        }
         self.armed = true;
         self.ring.completion().enable_eventfd();
         // What ended before the kernel could see that, it did not signal. Entering it runs what it has deferred; what it
@@ -164,6 +180,19 @@ impl Ring {
     /// Readable, while `armed`, whenever `exchange` or `ended` has something to take.
     pub(super) fn fd(&self) -> RawFd {
         self.wake.as_raw_fd()
+    }
+
+    /// Signals it from elsewhere.
+    pub(super) fn wake(&self) -> Arc<EventFd> {
+        Arc::clone(&self.wake)
+    }
+
+    /// Puts another file in the place of its file. What is under way stays with the old one.
+    pub(super) fn replace_file(&mut self, file: BorrowedFd<'_>) -> io::Result<()> {
+        if !self.enabled {
+            self.enable()?;
+        }
+        self.ring.submitter().register_files_update(0, &[file.as_raw_fd()]).map(|_| ())
     }
 
     fn enter(&mut self, wanted: u32) -> io::Result<()> {
@@ -227,19 +256,15 @@ fn cpus() -> Option<libc::cpu_set_t> {
     (result == 0).then_some(set)
 }
 
-fn explain(error: &io::Error) -> BackendError {
+fn explain(error: &io::Error, user: &str) -> BackendError {
     match error.raw_os_error() {
-        Some(libc::ENOSYS) => BackendError::Refused(
-            "this kernel has no io_uring, which volumes in files and block devices need: use Linux 5.10 or later, and not \
-             under user-mode emulation"
-                .to_owned(),
-        ),
-        Some(libc::EPERM | libc::EACCES) => BackendError::Refused(
-            "io_uring, which volumes in files and block devices need, is forbidden here: set \
-             /proc/sys/kernel/io_uring_disabled to 0, and in a container allow io_uring_setup, io_uring_enter and \
-             io_uring_register in its seccomp profile"
-                .to_owned(),
-        ),
+        Some(libc::ENOSYS) => BackendError::Refused(format!(
+            "this kernel has no io_uring, which {user} needs: use Linux 5.10 or later, and not under user-mode emulation"
+        )),
+        Some(libc::EPERM | libc::EACCES) => BackendError::Refused(format!(
+            "io_uring, which {user} needs, is forbidden here: set /proc/sys/kernel/io_uring_disabled to 0, and in a container \
+             allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
+        )),
         Some(libc::ENOMEM) => BackendError::Unavailable(
             "no memory for an io_uring: raise the limit of locked memory (RLIMIT_MEMLOCK)".to_owned(),
         ),

@@ -1,0 +1,141 @@
+//! What is of its own about a virtio-net function: its uplink's carrier, its settings that change, and what vhost-user says to it.
+
+use std::sync::Arc;
+
+use super::{CardFunction, FunctionPlace, Kind, Placement};
+use crate::backend::BackendError;
+use crate::config::{FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig};
+use crate::control::seam::SetError;
+use crate::device::Outlet;
+use crate::device::limit::{Limit, Rates};
+use crate::device::net::{NetDevice, NetSettings, NetShared};
+use crate::link::{NetworkSide, Refusal};
+use crate::uplink::Uplink;
+
+/// The smallest MTU that a network may have (virtio 1.3, 5.1.4.1), bytes.
+const MTU_MIN: u16 = 68;
+
+/// The rates of a configured limit: what the VM sends counts as written, what it is sent as read.
+fn rates_of(config: &NetLimitConfig) -> Rates {
+    Rates {
+        iops: config.packets.unwrap_or(0),
+        bandwidth: config.bandwidth.unwrap_or(0),
+        read_iops: config.receive_packets.unwrap_or(0),
+        read_bandwidth: config.receive_bandwidth.unwrap_or(0),
+        write_iops: config.transmit_packets.unwrap_or(0),
+        write_bandwidth: config.transmit_bandwidth.unwrap_or(0),
+        burst: config.burst,
+    }
+}
+
+impl CardFunction {
+    /// Makes the virtio-net function of `config`, whose settings as a network interface are `net`, on `uplink`: places its queue pairs
+    /// and opens a channel for each.
+    ///
+    /// # Errors
+    /// When the uplink refuses.
+    pub fn net(
+        config: &FunctionConfig,
+        net: &NetConfig,
+        uplink: &Uplink,
+        place: FunctionPlace,
+    ) -> Result<Arc<Self>, BackendError> {
+        let limit = Arc::new(Limit::new(&rates_of(&net.limit)));
+        let settings = NetSettings {
+            mac: net.mac.octets(),
+            mtu: net.mtu,
+            pairs: net.queue_pairs,
+            queue_size_max: config.queue_size,
+            packed: config.packed,
+            // Over vhost-user the front end keeps the control queue to itself.
+            control: matches!(config.link.kind, LinkKind::VfioUser { .. }),
+            copy_payload: config.link.payload == PayloadConfig::Copy,
+            limits: vec![Arc::clone(&limit)],
+        };
+        let backend = &uplink.backend;
+        let pairs = settings.pairs;
+        let control = settings.control;
+        let shared = Arc::new(NetShared::new(settings, backend.info(), backend.carrier().is_up()));
+        let device = Arc::new(NetDevice(Arc::clone(&shared)));
+        // Both queues of a pair are on one reactor, with their channel; the control queue touches no frames, and can be anywhere.
+        let placed = place.reactors.place(pairs, usize::MAX);
+        let both = placed.iter().flat_map(|reactor| [*reactor; 2]);
+        let queues = both.chain(placed.first().copied().filter(|_| control)).collect();
+        let placement = Placement { queues, placed: placed.clone() };
+        let function = Self::assemble(&config.name, device, Kind::Net { shared, limit }, placement, place);
+        let channels_on = |reactor: &usize| {
+            let channel = |on: &usize| (on == reactor).then(|| backend.open_channel()).transpose();
+            placed.iter().map(channel).collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        };
+        let outlets = function.used_reactors().iter().map(channels_on).collect::<Result<Vec<_>, _>>();
+        let function = function.open(outlets)?;
+        let watched = Arc::downgrade(&function);
+        backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));
+        // It may have changed before it was watched.
+        function.carrier_changed(backend.carrier().is_up());
+        Ok(function)
+    }
+
+    /// The uplink has come or gone. Returns whether to tell it of the next change.
+    fn carrier_changed(&self, up: bool) -> bool {
+        if let Kind::Net { shared, .. } = &self.kind
+            && shared.set_carrier_up(up)
+        {
+            tracing::info!(function = %self.name, up, "the uplink's carrier decides the link");
+            self.tell_config();
+        }
+        !self.lock().closed
+    }
+
+    /// Changes a network interface while it runs.
+    ///
+    /// # Errors
+    /// For a function that is none.
+    pub fn set_net(&self, change: &NetChange) -> Result<(), SetError> {
+        let Kind::Net { shared, limit } = &self.kind else {
+            return Err(SetError::Refused("a disk has no settings of a network interface".to_owned()));
+        };
+        if let Some(rates) = &change.limit {
+            limit.set(&rates_of(rates));
+        }
+        let mut told = false;
+        if let Some(mac) = change.mac {
+            shared.set_mac(mac.octets());
+            told = true;
+        }
+        if let Some(mtu) = change.mtu {
+            shared.set_mtu(mtu);
+            told = true;
+        }
+        if let Some(up) = change.link_up {
+            told |= shared.set_wanted_up(up);
+        }
+        if told {
+            self.tell_config();
+        }
+        Ok(())
+    }
+}
+
+impl NetworkSide for NetShared {
+    fn pairs(&self) -> u16 {
+        self.pairs()
+    }
+
+    fn use_mtu(&self, mtu: u64) -> Result<(), Refusal> {
+        match u16::try_from(mtu) {
+            Ok(mtu) if (MTU_MIN..=self.mtu_max()).contains(&mtu) => {
+                self.set_mtu(mtu);
+                Ok(())
+            }
+            _ => {
+                let most = self.mtu_max();
+                Err(Refusal::Invalid(format!("an MTU of {mtu} bytes; the uplink carries {MTU_MIN} to {most}")))
+            }
+        }
+    }
+
+    fn announce(&self, address: [u8; 6]) {
+        self.announce_for(address);
+    }
+}

@@ -1,0 +1,254 @@
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking")]
+//! Linux guests under QEMU with network functions, over both links, on taps of the card.
+
+use std::path::Path;
+
+use tests::{
+    Capture, Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process, network_rig, wait_for,
+};
+
+/// A card with one network function, which is on a tap in a namespace.
+struct Lab {
+    card: Card,
+    namespace: Namespace,
+    link: &'static str,
+    pairs: u16,
+}
+
+const OWN: &str = "192.0.2.1";
+const GUEST: &str = "192.0.2.2";
+const MAC: &str = "52:54:00:12:34:56";
+
+impl Lab {
+    fn new(rig: &Path, link: &'static str, pairs: u16) -> Self {
+        let namespace = Namespace::new(rig, "net");
+        let parts = format!(
+            r#"
+[[uplink]]
+name = "u"
+backend = {{ type = "tap", name = "dray0", netns = "{}" }}
+[[function]]
+name = "f"
+type = "net"
+link = {{ type = "{link}", socket = "@/f.sock" }}
+uplink = "u"
+mac = "{MAC}"
+queue-pairs = {pairs}
+"#,
+            namespace.name()
+        );
+        let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
+        namespace.address("dray0", &format!("{OWN}/24"));
+        namespace.address("dray0", "2001:db8::1/64");
+        Self { card, namespace, link, pairs }
+    }
+
+    /// Boots a guest whose interface is set up; then it runs `job`.
+    fn boot(&self, job: &str) -> Process {
+        let path = self.card.path("f.sock");
+        let path = path.display();
+        let job = format!(
+            "set -e
+            ip.iproute2 address add {GUEST}/24 dev eth0
+            ip.iproute2 address add 2001:db8::2/64 dev eth0 nodad
+            ip.iproute2 link set eth0 up
+            {job}"
+        );
+        let vfio = format!(r#"{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}}}}"#);
+        let chardev = format!("socket,id=c0,path={path}");
+        let netdev = format!("vhost-user,id=n0,chardev=c0,queues={}", self.pairs);
+        let vectors = self.pairs * 2 + 2;
+        let device = format!("virtio-net-pci,netdev=n0,mac={MAC},mq=on,vectors={vectors}");
+        let arguments = match self.link {
+            "vfio-user" => vec!["-device", &vfio, "-smp", "2"],
+            _ => vec!["-chardev", &chardev, "-netdev", &netdev, "-device", &device, "-smp", "2"],
+        };
+        GuestSettings::new(self.card.folder(), &job, &arguments).boot()
+    }
+
+    /// What each queue of one way counted of `what`; `receive` or `transmit`.
+    fn counted(&self, what: &str, way: &str) -> Vec<u64> {
+        let stats: serde_json::Value =
+            serde_json::from_str(&self.card.command(&["stats", "--json", "--queues"])).unwrap();
+        let queues = stats["functions"].as_array().unwrap();
+        let first = usize::from(way == "transmit");
+        let pairs = usize::from(self.pairs);
+        queues[..pairs * 2].iter().skip(first).step_by(2).map(|queue| queue[way][what].as_u64().unwrap()).collect()
+    }
+}
+
+const LINKS: [&str; 2] = ["vhost-user", "vfio-user"];
+
+/// Addresses are found, small packets and large ones pass, by either version of IP, over TCP and UDP, both ways; and what goes over
+/// the tap has right checksums.
+#[test]
+fn a_guest_talks_to_the_network() {
+    let Some(rig) = network_rig() else { return };
+    for link in LINKS {
+        let lab = Lab::new(&rig, link, 1);
+        let mut server = IperfServer::start(&lab.namespace);
+        let mut guest = lab.boot(&format!(
+            "[ $(cat /sys/class/net/eth0/address) = {MAC} ]
+            [ $(cat /sys/class/net/eth0/mtu) = 1500 ]
+            ping -c 2 {OWN}
+            ping -c 2 -s 1400 {OWN}
+            ping6 -c 2 2001:db8::1
+            iperf3 --json -n 8M --client {OWN} >/tmp/out
+            iperf3 --json -n 8M --reverse --client {OWN} >/tmp/in
+            iperf3 --json -n 4M --client 2001:db8::1 >/tmp/six
+            iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
+            for report in out in six udp; do echo REPORT $report; cat /tmp/$report; done
+            ip.iproute2 -s link show eth0
+            echo SERVES
+            iperf3 --server --one-off"
+        ));
+        guest.wait_for_output("SERVES");
+        let report = IperfReport::measure(&lab.namespace, GUEST, &["-n", "8M"]);
+        assert!(report.received_bytes >= 8 << 20, "{link}: {report:?}");
+        let output = guest.succeed();
+        assert_eq!(output.matches(" 0% packet loss").count(), 3, "{link}: {output}");
+        for (name, bytes) in [("out", 8 << 20), ("in", 8 << 20), ("six", 4 << 20)] {
+            let text = output.split(&format!("REPORT {name}\r\n")).nth(1).unwrap();
+            let report = IperfReport::parse(text.split("REPORT").next().unwrap());
+            assert!(report.received_bytes >= bytes, "{link}, {name}: {report:?}");
+        }
+        assert!(server.process().is_running());
+        let sent: u64 = lab.counted("bytes", "transmit").iter().sum();
+        let brought: u64 = lab.counted("bytes", "receive").iter().sum();
+        assert!(sent > 14 << 20 && brought > 16 << 20, "{link}: {sent} bytes out, {brought} in");
+    }
+}
+
+/// With two pairs and two CPUs both pairs carry traffic.
+#[test]
+fn both_queue_pairs_carry_traffic() {
+    let Some(rig) = network_rig() else { return };
+    for link in LINKS {
+        let lab = Lab::new(&rig, link, 2);
+        let _server = IperfServer::start(&lab.namespace);
+        let job = format!(
+            "ethtool -L eth0 combined 2
+            ethtool -l eth0
+            iperf3 --json -P 8 -n 16M --client {OWN} >/dev/null
+            iperf3 --json -P 8 -n 16M --reverse --client {OWN} >/dev/null"
+        );
+        lab.boot(&job).succeed();
+        for way in ["receive", "transmit"] {
+            let packets = lab.counted("packets", way);
+            assert!(packets.iter().all(|count| *count > 50), "{link}: {packets:?}");
+        }
+    }
+}
+
+/// A file arrives as it was sent, with every combination of the offloads of both sides.
+#[test]
+fn a_file_arrives_bit_exact_whatever_is_left_undone() {
+    let Some(rig) = network_rig() else { return };
+    let bytes = 1 << tests::rounds(20, 22, 26);
+    for link in LINKS {
+        let lab = Lab::new(&rig, link, 1);
+        let mut expected = Vec::with_capacity(bytes);
+        let mut state = 0x1234_5678_u32;
+        while expected.len() < bytes {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            expected.extend(state.to_be_bytes());
+        }
+        let file = lab.card.path("file");
+        std::fs::write(&file, &expected).unwrap();
+        let sums = String::from_utf8(std::process::Command::new("md5sum").arg(&file).output().unwrap().stdout).unwrap();
+        let sum = sums.split_whitespace().next().unwrap();
+        let serve = format!("exec busybox nc -ll -p 7000 -e cat {}", file.display());
+        let _server = Process::start(lab.namespace.command("sh").args(["-c", &serve]));
+        let catch = format!("exec busybox nc -ll -p 7001 -e sh -c 'md5sum >>{}.sums'", file.display());
+        let _catcher = Process::start(lab.namespace.command("sh").args(["-c", &catch]));
+        let job = format!(
+            "for tx in on off; do for sg in on off; do for tso in on off; do for rx in on off; do
+                ethtool -K eth0 rx $rx gro $rx tx $tx sg $sg tso $tso 2>/dev/null || true
+                until nc {OWN} 7000 </dev/null >/tmp/file; do sleep 0.1; done
+                echo \"$tx $sg $tso $rx $(md5sum </tmp/file)\"
+                [ \"$(md5sum </tmp/file)\" = \"{sum}  -\" ]
+                nc {OWN} 7001 </tmp/file
+            done; done; done; done; echo ALL"
+        );
+        let output = lab.boot(&job).succeed();
+        assert!(output.contains("ALL"), "{output}");
+        let sums = || std::fs::read_to_string(lab.card.path("file.sums")).unwrap_or_default();
+        wait_for("all sums", || sums().lines().count() == 16);
+        assert!(sums().lines().all(|line| line.starts_with(sum)), "{link}: {}", sums());
+    }
+}
+
+/// What leaves the card by its tap is as it should be on a wire, once the kernel has done what was left to it.
+#[test]
+fn what_is_captured_has_right_checksums() {
+    let Some(rig) = network_rig() else { return };
+    let lab = Lab::new(&rig, "vfio-user", 1);
+    let other = Namespace::new(&rig, "peer");
+    lab.namespace.join("eth1", &other, "eth0");
+    lab.namespace.run("sh", &["-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"]);
+    lab.namespace.address("eth1", "198.51.100.1/24");
+    // The wire: what a veth hands on without offloads.
+    lab.namespace.run("ethtool", &["-K", "eth1", "tx", "off", "tso", "off", "gso", "off"]);
+    other.address("eth0", "198.51.100.2/24");
+    other.ip(&["route", "add", "default", "via", "198.51.100.1"]);
+    other.run("ethtool", &["-K", "eth0", "tx", "off", "tso", "off", "gso", "off", "gro", "off"]);
+    let _server = IperfServer::start(&other);
+    let capture = Capture::start(&rig, &other, "eth0");
+    let job = format!(
+        "ip.iproute2 route add default via {OWN}
+        ping -c 2 198.51.100.2
+        iperf3 --json -n 2M --client 198.51.100.2 >/dev/null
+        iperf3 --json -n 2M --reverse --client 198.51.100.2 >/dev/null"
+    );
+    lab.boot(&job).succeed();
+    let captured = capture.stop();
+    assert_eq!(captured.bad_checksums(), [] as [&str; 0]);
+    assert!(captured.count("tcp") > 1000 && captured.count("icmp") == 4, "{}", captured.count("tcp"));
+}
+
+/// The operator takes the link down and up again, and changes the address: the guest sees it.
+#[test]
+fn the_guest_sees_what_the_operator_does() {
+    let Some(rig) = network_rig() else { return };
+    let lab = Lab::new(&rig, "vfio-user", 1);
+    let mut guest = lab.boot(&format!(
+        "state() {{ for i in $(seq 300); do [ $(cat /sys/class/net/eth0/carrier) = $1 ] && return; sleep 0.1; done; false; }}
+        state 1
+        echo UP
+        state 0
+        echo DOWN
+        state 1
+        ping -c 1 {OWN}
+        echo AGAIN"
+    ));
+    guest.wait_for_output("UP\r");
+    lab.card.command(&["function", "set", "f", "--link", "down"]);
+    guest.wait_for_output("DOWN\r");
+    lab.card.command(&["function", "set", "f", "--link", "up"]);
+    guest.wait_for_output("AGAIN\r");
+    guest.succeed();
+}
+
+/// An interface that is deleted under a running guest: the link goes down, and up again when it returns.
+#[test]
+fn a_tap_that_is_deleted_comes_back() {
+    let Some(rig) = network_rig() else { return };
+    let lab = Lab::new(&rig, "vfio-user", 1);
+    let mut guest = lab.boot(&format!(
+        "state() {{ for i in $(seq 300); do [ $(cat /sys/class/net/eth0/carrier) = $1 ] && return; sleep 0.1; done; false; }}
+        ping -c 1 {OWN}
+        echo UP
+        state 0
+        echo DOWN
+        state 1
+        until ping -c 1 -W 1 {OWN}; do true; done
+        echo AGAIN"
+    ));
+    guest.wait_for_output("UP\r");
+    lab.namespace.ip(&["link", "delete", "dray0"]);
+    guest.wait_for_output("DOWN\r");
+    wait_for("the tap to be made again", || lab.namespace.ip(&["-br", "link", "show"]).contains("dray0"));
+    lab.namespace.address("dray0", &format!("{OWN}/24"));
+    guest.wait_for_output("AGAIN\r");
+    guest.succeed();
+}
