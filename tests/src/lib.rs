@@ -9,6 +9,7 @@ mod guest;
 mod iperf;
 mod namespace;
 mod process;
+mod siege;
 mod testpmd;
 
 pub use capture::{Capture, Captured};
@@ -17,6 +18,7 @@ pub use guest::{GuestSettings, boot_guest, qmp, qmp_of, qmp_until};
 pub use iperf::{IperfReport, IperfServer};
 pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
+pub use siege::{Besieged, Siege};
 pub use testpmd::{Driver, Port, PortCounts, Testpmd, TestpmdSettings};
 
 use std::path::PathBuf;

@@ -1,6 +1,8 @@
 //! What the fuzz targets share: bytes taken apart into choices, and a lane of a block function driven turn by turn in one
 //! thread, on a little memory that it shares with a guest.
 
+pub mod function;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +14,7 @@ use device_svc::backend::ram::{RamBackend, RamSettings};
 use device_svc::backend::{BlockBackend, BlockChannel, Completion};
 use device_svc::clock::Moment;
 use device_svc::device::blk::{BlkLane, BlkSettings, BlkShared};
-use device_svc::device::{FaultReport, Lane, QueueFault};
+use device_svc::device::{BlockLane, FaultReport, Lane, QueueFault};
 use device_svc::dma::{CopyEngine, HostMemory, Mapping, Region};
 use device_svc::driver::GuestMemory;
 use device_svc::link::{QueuePort, QueuePosition, QueueStart};

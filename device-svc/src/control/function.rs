@@ -54,6 +54,8 @@ struct Inner {
     host: Option<Arc<dyn HostEvents>>,
     queues: Vec<QueueState>,
     fault: Option<String>,
+    /// How often the function was reset.
+    life: u64,
     closed: bool,
 }
 
@@ -183,6 +185,7 @@ impl CardFunction {
                 host: None,
                 queues: vec![QueueState::Off; queues],
                 fault: None,
+                life: 0,
                 closed: false,
             }),
         })
@@ -273,23 +276,26 @@ impl CardFunction {
         while answers.recv().is_ok() {}
     }
 
-    fn queue_failed(&self, queue: u16, fault: QueueFault) {
-        let (host, first) = {
-            let mut inner = self.lock();
-            let first = inner.fault.is_none();
-            inner.fault.get_or_insert_with(|| format!("queue {queue}: {fault}"));
-            (inner.host.clone(), first)
-        };
+    fn queue_failed(&self, life: u64, queue: u16, fault: QueueFault) {
+        let mut inner = self.lock();
+        // A driver that has reset the function must not hear of what was before, nor must the next front end.
+        if life != inner.life {
+            return;
+        }
         // Said once until the reset: each queue may fail, and again when it is started again.
-        if first {
+        if inner.fault.is_none() {
             tracing::warn!(function = %self.name, queue, %fault, "the guest broke a rule; the function stops until it is reset");
+            inner.fault = Some(format!("queue {queue}: {fault}"));
         } else {
             tracing::debug!(function = %self.name, queue, %fault, "the guest broke another rule");
         }
-        if let Some(host) = host {
+        // Under the lock, so that no reset comes between.
+        if let Some(host) = &inner.host {
             host.needs_reset(Some(queue));
         }
-        (self.notify)(self.standing());
+        let standing = Self::standing_of(&inner);
+        drop(inner);
+        (self.notify)(standing);
     }
 
     fn stop_locked(&self, inner: &mut Inner, queue: u16) -> Option<QueuePosition> {
@@ -307,6 +313,7 @@ impl CardFunction {
         inner.queues.fill(QueueState::Off);
         inner.features = 0;
         inner.fault = None;
+        inner.life += 1;
         self.device.reset();
     }
 }
@@ -392,7 +399,8 @@ impl FunctionSide for Arc<CardFunction> {
         if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
             self.reactor_of(queue).post(Message::Resume { key, start });
         } else {
-            let report = Arc::new(Reporter { function: Arc::downgrade(self), courier: self.courier.clone() });
+            let report =
+                Arc::new(Reporter { function: Arc::downgrade(self), life: inner.life, courier: self.courier.clone() });
             let counters = Arc::clone(&self.counters[usize::from(queue)]);
             let place = LanePlace { memory: Arc::clone(&inner.memory), reach, counters, report };
             let lane = self.device.lane(start, place);

@@ -4,13 +4,17 @@
 //! are told apart by device and inode, so the file is mapped whole with the first of them.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Weak};
 
 use nix::sys::stat::{FileStat, SFlag, fstat};
 
 use super::{Access, Mapping, MemoryError};
+
+/// Mappings that one front end may have at once, and their bytes: the card's address space, and the table of all mappings, are shared
+/// by all functions.
+const MAPPINGS_MAX: usize = 512;
+const MAPPED_BYTES_MAX: u64 = 16 << 40;
 
 /// A file: device, inode, and whether it is mapped for writing too.
 type Identity = (u64, u64, bool);
@@ -19,6 +23,8 @@ type Identity = (u64, u64, bool);
 #[derive(Clone, Debug, Default)]
 pub struct MemoryFiles {
     mappings: HashMap<Identity, Weak<Mapping>>,
+    /// Those too that are no file's last one any more.
+    all: Vec<Weak<Mapping>>,
 }
 
 impl MemoryFiles {
@@ -41,8 +47,7 @@ impl MemoryFiles {
         let access = if access.allows(super::Direction::ToHost) { Access::Both } else { Access::Read };
         if !is_regular(&stat) {
             // A device's memory has no size that could be asked for, and two inodes may be one memory: mapped as it is named.
-            let mapping = Mapping::with_access(&file.as_raw_fd(), offset, length, access)?;
-            return Ok((Arc::new(mapping), 0));
+            return Ok((self.make(file, offset, length, access)?, 0));
         }
         let identity = (stat.st_dev, stat.st_ino, access == Access::Both);
         let inside = usize::try_from(offset).map_err(|_| bad("offset too large".to_owned()))?;
@@ -54,10 +59,34 @@ impl MemoryFiles {
         if end > has {
             return Err(bad(format!("it has {has} bytes, the region needs {end}")));
         }
+        let mapping = self.make(file, 0, has, access)?;
         self.mappings.retain(|_, mapping| mapping.strong_count() > 0);
-        let mapping = Arc::new(Mapping::with_access(&file.as_raw_fd(), 0, has, access)?);
         self.mappings.insert(identity, Arc::downgrade(&mapping));
         Ok((mapping, inside))
+    }
+
+    fn make(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: u64,
+        access: Access,
+    ) -> Result<Arc<Mapping>, MemoryError> {
+        let mut mapped = 0;
+        self.all.retain(|mapping| {
+            let alive = mapping.upgrade();
+            mapped += alive.as_ref().map_or(0, |mapping| mapping.len() as u64);
+            alive.is_some()
+        });
+        if self.all.len() >= MAPPINGS_MAX {
+            return Err(MemoryError::TooMany(MAPPINGS_MAX));
+        }
+        if length > MAPPED_BYTES_MAX.saturating_sub(mapped) {
+            return Err(MemoryError::BadFile(format!("with it, {mapped} bytes and {length} more would be mapped")));
+        }
+        let mapping = Arc::new(Mapping::with_access(&file.as_raw_fd(), offset, length, access)?);
+        self.all.push(Arc::downgrade(&mapping));
+        Ok(mapping)
     }
 }
 

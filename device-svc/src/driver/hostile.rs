@@ -7,6 +7,7 @@
 //!      wire.rs    messages as bytes, so that any part can be wrong
 //!      guest.rs   memory files and rings, written as they are
 //!      attack.rs  what is wrong in a ring, and what must come of it
+//!      vfio_user.rs   the same over vfio-user, and a driver that is wrong in the registers
 //! ```
 //!
 //! Whatever is said, a back end must answer what it owes an answer, or hang up; and where the specification names an outcome
@@ -17,6 +18,7 @@
 mod attack;
 mod guest;
 mod random;
+pub mod vfio_user;
 mod wire;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,6 +35,8 @@ use guest::{Guest, NO_STATUS, Ring};
 use random::Random;
 use wire::{Heard, Message, PROTOCOL, PROTOCOL_FEATURES, REPLY_ACK, Silent, Wire, odd_fd, request};
 
+/// Where regions start in their files: vhost-user asks for no alignment.
+const FILE_OFFSETS: [u64; 4] = [0, 0, 4096, 512];
 /// How long a device may take to do what it must.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long it gets where nothing must come of it.
@@ -115,9 +119,22 @@ pub fn converse(socket: &Path, seed: u64) -> Result<Told, Misdeed> {
         _ => conversation.attack(random.pick(&ATTACKS)),
     };
     conversation.told.resets = conversation.wire.resets;
+    judge(seed, conversation.told, result)
+}
+
+fn judge(seed: u64, told: Told, result: Result<(), End>) -> Result<Told, Misdeed> {
     match result {
-        Err(End::Owes(what)) => Err(Misdeed::Owes { seed, what: format!("{}: {what}", conversation.told.about) }),
-        Ok(()) | Err(End::Gone) => Ok(conversation.told),
+        Err(End::Owes(what)) => Err(Misdeed::Owes { seed, what: format!("{}: {what}", told.about) }),
+        Ok(()) | Err(End::Gone) => Ok(told),
+    }
+}
+
+/// What the device had to say of a file that was cut short.
+fn judge_truncation(seed: u64, told: Told, result: Result<(), End>) -> Result<Told, Misdeed> {
+    match result {
+        Ok(()) if told.faults > 0 => Ok(told),
+        Ok(()) | Err(End::Gone) => Err(Misdeed::Owes { seed, what: "the back end hung up".to_owned() }),
+        Err(End::Owes(what)) => Err(Misdeed::Owes { seed, what }),
     }
 }
 
@@ -128,11 +145,8 @@ pub fn converse(socket: &Path, seed: u64) -> Result<Told, Misdeed> {
 pub fn truncate_memory(socket: &Path, seed: u64) -> Result<Told, Misdeed> {
     let wire = Wire::connect(socket).map_err(|error| Misdeed::Refused { seed, error })?;
     let mut conversation = Conversation { wire, random: Random::new(seed), told: Told::default(), left: None };
-    match conversation.attack(Attack::Truncate) {
-        Ok(()) if conversation.told.faults > 0 => Ok(conversation.told),
-        Ok(()) | Err(End::Gone) => Err(Misdeed::Owes { seed, what: "the back end hung up".to_owned() }),
-        Err(End::Owes(what)) => Err(Misdeed::Owes { seed, what }),
-    }
+    let result = conversation.attack(Attack::Truncate);
+    judge_truncation(seed, conversation.told, result)
 }
 
 /// Doorbell, interrupt and error event of a queue.
@@ -160,6 +174,40 @@ impl Events {
     fn failed(&self, wait_ms: u16) -> bool {
         let mut fds = [PollFd::new(self.error.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::from(wait_ms)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// Waits for what must come; `failed` says whether the device needs a reset, if need be after so many milliseconds.
+fn wait_for(
+    told: &mut Told,
+    guest: &Guest,
+    outcome: Outcome,
+    mut failed: impl FnMut(u16) -> Result<bool, End>,
+) -> Result<(), End> {
+    let start = Instant::now();
+    loop {
+        let failed = failed(if outcome == Outcome::Fault { 100 } else { PAUSE_MS })?;
+        match outcome {
+            Outcome::Any => return Ok(()),
+            Outcome::Fault if failed => {
+                told.faults += 1;
+                return Ok(());
+            }
+            Outcome::Fault => {}
+            Outcome::Status(at, right) => {
+                let status = guest.byte(at);
+                if right.contains(&status) {
+                    told.answered += 1;
+                    return Ok(());
+                }
+                if status != NO_STATUS || failed {
+                    return Err(End::Owes(format!("status {status}, failed: {failed}, where {right:?} is right")));
+                }
+            }
+        }
+        if start.elapsed() > PATIENCE {
+            return Err(End::Owes(format!("nothing comes of it, where {outcome:?} must")));
+        }
     }
 }
 
@@ -212,22 +260,13 @@ impl Conversation {
     /// Bytes that are no messages.
     fn garbage(&mut self) -> Result<(), End> {
         "garbage".clone_into(&mut self.told.about);
-        self.wire.spoiled = true;
-        for _ in 0..=self.random.below(4) {
-            let count = self.random.pick(&[1, 3, 11, 12, 13, 100, 4096, 70_000]);
-            let bytes = self.random.bytes(count);
-            let fds: Vec<OwnedFd> = (0..self.random.below(4)).filter_map(|_| odd_fd(&mut self.random)).collect();
-            if !self.wire.send_bytes(&bytes, &fds) || matches!(self.wire.listen_briefly(), Heard::Gone) {
-                return Err(End::Gone);
-            }
-        }
-        Ok(())
+        self.wire.garbage(&mut self.random)
     }
 
     /// Real messages in any order.
     fn shuffled(&mut self) -> Result<(), End> {
         "shuffled messages".clone_into(&mut self.told.about);
-        let mut guest = Guest::new(&mut self.random)?;
+        let mut guest = Guest::new(&mut self.random, &FILE_OFFSETS)?;
         let events = Events::new()?;
         if !self.random.one_in(4) {
             let accepted = self.negotiate()?;
@@ -304,9 +343,7 @@ impl Conversation {
     }
 
     fn ring(&mut self, guest: &Guest, accepted: u64) -> Ring {
-        let packed = accepted & features::RING_PACKED != 0;
-        let size = if packed { self.random.pick(&[16, 63, 100, 128]) } else { self.random.pick(&[16, 64, 128]) };
-        Ring::new(guest, packed, size)
+        Ring::any(guest, accepted & features::RING_PACKED != 0, &mut self.random)
     }
 
     /// Starts a queue properly.
@@ -325,7 +362,7 @@ impl Conversation {
     /// A proper start, and then a ring that is wrong.
     fn attack(&mut self, attack: Attack) -> Result<(), End> {
         self.told.about = format!("{attack:?}");
-        let mut guest = Guest::new(&mut self.random)?;
+        let mut guest = Guest::new(&mut self.random, &FILE_OFFSETS)?;
         let accepted = self.negotiate()?;
         let table = self.memory_table(&guest)?;
         self.insist(table)?;
@@ -372,31 +409,7 @@ impl Conversation {
     fn wait_for(&mut self, guest: &Guest, events: &Events, outcome: Outcome) -> Result<(), End> {
         self.count()?;
         let _ = events.kick.write(1);
-        let start = Instant::now();
-        loop {
-            let failed = events.failed(if outcome == Outcome::Fault { 100 } else { PAUSE_MS });
-            match outcome {
-                Outcome::Any => return Ok(()),
-                Outcome::Fault if failed => {
-                    self.told.faults += 1;
-                    return Ok(());
-                }
-                Outcome::Fault => {}
-                Outcome::Status(at, right) => {
-                    let status = guest.byte(at);
-                    if right.contains(&status) {
-                        self.told.answered += 1;
-                        return Ok(());
-                    }
-                    if status != NO_STATUS || failed {
-                        return Err(End::Owes(format!("status {status}, failed: {failed}, where {right:?} is right")));
-                    }
-                }
-            }
-            if start.elapsed() > PATIENCE {
-                return Err(End::Owes(format!("nothing comes of it, where {outcome:?} must")));
-            }
-        }
+        wait_for(&mut self.told, guest, outcome, |wait_ms| Ok(events.failed(wait_ms)))
     }
 
     /// A message with values that may be right.

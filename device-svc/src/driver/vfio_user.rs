@@ -24,29 +24,30 @@ use crate::virtqueue::features;
 use conversation::Conversation;
 pub use conversation::NotifyMessage;
 
-const REGION_BAR: u32 = 0;
-const REGION_CONFIG: u32 = 7;
-const IRQ_MSIX: u32 = 2;
+pub(super) const REGION_BAR: u32 = 0;
+pub(super) const REGION_CONFIG: u32 = 7;
+pub(super) const IRQ_MSIX: u32 = 2;
 /// `VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER`.
-const IRQ_EVENTS: u32 = 1 << 2 | 1 << 5;
-const MAP_READ_WRITE: u32 = 3;
+pub(super) const IRQ_EVENTS: u32 = 1 << 2 | 1 << 5;
+pub(super) const MAP_READ_WRITE: u32 = 3;
 /// Of a region: parts of it can be mapped, and capabilities say which.
 const REGION_MMAP: u32 = 1 << 2;
 
 /// Fields of the common configuration (virtio 1.3, 4.1.4.3).
-mod common {
-    pub(super) const DEVICE_FEATURE_SELECT: u64 = 0;
-    pub(super) const DEVICE_FEATURE: u64 = 4;
-    pub(super) const DRIVER_FEATURE_SELECT: u64 = 8;
-    pub(super) const DRIVER_FEATURE: u64 = 12;
-    pub(super) const STATUS: u64 = 0x14;
-    pub(super) const QUEUE_SELECT: u64 = 0x16;
-    pub(super) const QUEUE_SIZE: u64 = 0x18;
-    pub(super) const QUEUE_VECTOR: u64 = 0x1a;
-    pub(super) const QUEUE_ENABLE: u64 = 0x1c;
-    pub(super) const QUEUE_DESCRIPTORS: u64 = 0x20;
-    pub(super) const QUEUE_DRIVER: u64 = 0x28;
-    pub(super) const QUEUE_DEVICE: u64 = 0x30;
+pub(super) mod common {
+    pub(in crate::driver) const DEVICE_FEATURE_SELECT: u64 = 0;
+    pub(in crate::driver) const DEVICE_FEATURE: u64 = 4;
+    pub(in crate::driver) const DRIVER_FEATURE_SELECT: u64 = 8;
+    pub(in crate::driver) const DRIVER_FEATURE: u64 = 12;
+    pub(in crate::driver) const STATUS: u64 = 0x14;
+    pub(in crate::driver) const QUEUE_SELECT: u64 = 0x16;
+    pub(in crate::driver) const QUEUE_SIZE: u64 = 0x18;
+    pub(in crate::driver) const QUEUE_VECTOR: u64 = 0x1a;
+    pub(in crate::driver) const QUEUE_ENABLE: u64 = 0x1c;
+    pub(in crate::driver) const QUEUE_DESCRIPTORS: u64 = 0x20;
+    pub(in crate::driver) const QUEUE_DRIVER: u64 = 0x28;
+    pub(in crate::driver) const QUEUE_DEVICE: u64 = 0x30;
+    pub(in crate::driver) const QUEUE_RESET: u64 = 0x3a;
 }
 
 /// How the card reaches the guest's memory.
@@ -64,11 +65,41 @@ pub enum Sharing {
 
 /// Where virtio's structures are in the BAR.
 #[derive(Clone, Copy, Default, Debug)]
-struct Places {
-    common: u64,
-    notify: u64,
-    notify_bytes: u64,
-    own: u64,
+pub(super) struct Places {
+    pub(super) common: u64,
+    pub(super) notify: u64,
+    pub(super) notify_bytes: u64,
+    pub(super) own: u64,
+}
+
+impl Places {
+    /// Walks the capabilities (virtio 1.3, 4.1.4) in the first 256 bytes of a configuration space; `None` if it is not virtio's.
+    pub(super) fn find(space: &[u8]) -> Option<Self> {
+        const VENDOR_SPECIFIC: u8 = 9;
+        if space.len() < 256 || space[..2] != 0x1af4_u16.to_le_bytes() {
+            return None;
+        }
+        let mut places = Self::default();
+        let word = |at: usize| space.get(at..at + 4).and_then(|bytes| u32::read_from_bytes(bytes).ok()).unwrap_or(0);
+        let mut at = usize::from(space[0x34]);
+        // Capabilities are 4 bytes or more apart; a list that is longer is a ring.
+        for _ in 0..64 {
+            if !(0x40..0xf0).contains(&at) {
+                break;
+            }
+            if space[at] == VENDOR_SPECIFIC {
+                let offset = word(at + 8).into();
+                match space[at + 3] {
+                    1 => places.common = offset,
+                    2 => (places.notify, places.notify_bytes) = (offset, word(at + 16).into()),
+                    4 => places.own = offset,
+                    _ => {}
+                }
+            }
+            at = space[at + 1].into();
+        }
+        Some(places)
+    }
 }
 
 /// A queue's notify register in a page that is shared with the card.
@@ -122,31 +153,10 @@ impl VfioUserDevice {
         Ok(device)
     }
 
-    /// Walks the capabilities (virtio 1.3, 4.1.4).
     fn find_structures(&mut self) -> Result<(), FrontEndError> {
-        const VENDOR_SPECIFIC: u8 = 9;
         let space = self.read(REGION_CONFIG, 0, 256)?;
-        if space[..2] != 0x1af4_u16.to_le_bytes() {
-            return Err(FrontEndError::Protocol("the function is not a virtio function".to_owned()));
-        }
-        let word = |at: usize| space.get(at..at + 4).and_then(|bytes| u32::read_from_bytes(bytes).ok()).unwrap_or(0);
-        let mut at = usize::from(space[0x34]);
-        // Capabilities are 4 bytes or more apart; a list that is longer is a ring.
-        for _ in 0..64 {
-            if !(0x40..0xf0).contains(&at) {
-                break;
-            }
-            if space[at] == VENDOR_SPECIFIC {
-                let offset = word(at + 8).into();
-                match space[at + 3] {
-                    1 => self.places.common = offset,
-                    2 => (self.places.notify, self.places.notify_bytes) = (offset, word(at + 16).into()),
-                    4 => self.places.own = offset,
-                    _ => {}
-                }
-            }
-            at = space[at + 1].into();
-        }
+        let not = || FrontEndError::Protocol("the function is not a virtio function".to_owned());
+        self.places = Places::find(&space).ok_or_else(not)?;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! old kernel, the mode is all there is.
 #![expect(unsafe_code, reason = "system calls that no safe wrapper has")]
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -54,11 +55,21 @@ impl Event {
         self.0.try_clone().map(Self)
     }
 
-    /// Signals it, by a bell made for this once: for what is rare. Never blocks.
+    /// Signals it, for threads that signal many events, each of them rarely. Never blocks.
     pub(super) fn signal_once(&self) {
-        if let Ok(event) = self.again() {
-            Bell::new(event).signal();
-        }
+        // One for each thread: to make one for each signal would let a VMM that tries out its vectors keep the kernel busy with
+        // rings that are made and taken apart.
+        thread_local!(static CHIME: RefCell<Option<Chime>> = RefCell::new(Chime::new().ok()));
+        CHIME.with_borrow_mut(|chime| {
+            let signalled = chime.as_mut().is_some_and(|chime| {
+                let signalled = chime.follow(&self.0).is_ok() && chime.signal();
+                chime.unfollow();
+                signalled
+            });
+            if !signalled {
+                let _ = (&self.0).write(&1u64.to_ne_bytes());
+            }
+        });
     }
 
     /// Takes off what was signalled; returns whether there was anything. Never blocks.
@@ -76,10 +87,37 @@ impl Event {
     }
 }
 
+/// An io_uring whose completions the kernel tells an eventfd.
+struct Chime(IoUring);
+
+impl Chime {
+    fn new() -> std::io::Result<Self> {
+        IoUring::new(2).map(Self)
+    }
+
+    /// From now on this is the event that is signalled; there must be none.
+    fn follow(&self, event: &File) -> std::io::Result<()> {
+        self.0.submitter().register_eventfd(event.as_raw_fd())
+    }
+
+    fn unfollow(&self) {
+        let _ = self.0.submitter().unregister_eventfd();
+    }
+
+    /// Signals the event: at its maximum it is signalled already. Returns whether that was possible. Never blocks.
+    fn signal(&mut self) -> bool {
+        // The completions of earlier signals.
+        self.0.completion().for_each(drop);
+        // SAFETY: this entry refers to no memory. There is room: each is consumed before the next is made.
+        let pushed = unsafe { self.0.submission().push(&opcode::Nop::new().build()) };
+        pushed.is_ok() && matches!(self.0.submit(), Ok(1))
+    }
+}
+
 /// An eventfd that is signalled from threads which must not block.
 pub(super) struct Bell {
     event: Event,
-    ring: Option<IoUring>,
+    chime: Option<Chime>,
 }
 
 impl std::fmt::Debug for Bell {
@@ -90,25 +128,18 @@ impl std::fmt::Debug for Bell {
 
 impl Bell {
     pub(super) fn new(event: Event) -> Self {
-        let ring = IoUring::new(2).and_then(|ring| {
-            ring.submitter().register_eventfd(event.0.as_raw_fd())?;
-            Ok(ring)
+        let chime = Chime::new().and_then(|chime| {
+            chime.follow(&event.0)?;
+            Ok(chime)
         });
-        Self { event, ring: ring.ok() }
+        Self { event, chime: chime.ok() }
     }
 
     /// Signals it: at its maximum it is signalled already. Never blocks.
     pub(super) fn signal(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            // The completions of earlier signals.
-            ring.completion().for_each(drop);
-            // SAFETY: this entry refers to no memory. There is room: each is consumed before the next is made.
-            let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
-            if pushed.is_ok() && matches!(ring.submit(), Ok(1)) {
-                return;
-            }
+        if !self.chime.as_mut().is_some_and(Chime::signal) {
+            let _ = (&self.event.0).write(&1u64.to_ne_bytes());
         }
-        let _ = (&self.event.0).write(&1u64.to_ne_bytes());
     }
 }
 

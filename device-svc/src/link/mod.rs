@@ -87,7 +87,8 @@ pub trait HostEvents: Send + Sync {
     /// The configuration space has changed (a resize): raise a configuration interrupt.
     fn config_changed(&self);
 
-    /// The function has stopped on a fault of the guest (`DEVICE_NEEDS_RESET`), for the given queue if one is known.
+    /// The function has stopped on a fault of the guest (`DEVICE_NEEDS_RESET`), for the given queue if one is known. Must not call the
+    /// function back.
     fn needs_reset(&self, queue: Option<u16>);
 }
 

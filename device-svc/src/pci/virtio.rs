@@ -264,8 +264,9 @@ impl VirtioRegisters {
                 }
                 Written::Nothing
             }
-            // A driver never disables a queue by this register (4.1.4.3.2).
-            at::QUEUE_ENABLE if value == 1 && ready && !queue.enabled => {
+            // A driver never disables a queue by this register (4.1.4.3.2). The size may have been written before the driver made up
+            // its mind which ring it wants.
+            at::QUEUE_ENABLE if value == 1 && ready && !queue.enabled && (packed || queue.size.is_power_of_two()) => {
                 queue.enabled = true;
                 Written::Queues
             }

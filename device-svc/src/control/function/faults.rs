@@ -10,6 +10,7 @@ use crate::device::{FaultReport, QueueFault};
 /// A fault on its way from a reactor to the host.
 pub struct FaultNotice {
     function: Weak<CardFunction>,
+    life: u64,
     queue: u16,
     fault: QueueFault,
 }
@@ -17,13 +18,16 @@ pub struct FaultNotice {
 /// The reactor's end of the courier.
 pub(super) struct Reporter {
     pub(super) function: Weak<CardFunction>,
+    /// Which of the function's lives the queue belongs to: a reset may overtake the courier.
+    pub(super) life: u64,
     pub(super) courier: Sender<FaultNotice>,
 }
 
 impl FaultReport for Reporter {
     fn queue_failed(&self, queue: u16, fault: QueueFault) {
         // The service is ending if nobody listens any more.
-        let _ = self.courier.send(FaultNotice { function: Weak::clone(&self.function), queue, fault });
+        let function = Weak::clone(&self.function);
+        let _ = self.courier.send(FaultNotice { function, life: self.life, queue, fault });
     }
 }
 
@@ -35,9 +39,9 @@ impl FaultReport for Reporter {
 pub fn start_courier() -> std::io::Result<Sender<FaultNotice>> {
     let (sender, receiver): (Sender<FaultNotice>, Receiver<FaultNotice>) = channel();
     std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
-        for FaultNotice { function, queue, fault } in receiver {
+        for FaultNotice { function, life, queue, fault } in receiver {
             if let Some(function) = function.upgrade() {
-                function.queue_failed(queue, fault);
+                function.queue_failed(life, queue, fault);
             }
         }
     })?;

@@ -53,3 +53,37 @@ fn what_cannot_be_mapped_so_is_refused() {
     let (pipe, _writer) = nix::unistd::pipe().unwrap();
     assert!(files.map(&pipe, 0, 0x1000, Access::Both).is_err());
 }
+
+#[test]
+fn one_front_end_cannot_have_all_mappings() {
+    let mut files = MemoryFiles::default();
+    let mut kept = Vec::new();
+    // Behind an IOMMU each page of a guest comes as a range of its own: all those of one file are one mapping.
+    let guest = file(0x100_0000);
+    for page in 0..0x1000 {
+        kept.push(files.map(&guest, page << 12, 0x1000, Access::Both).unwrap());
+    }
+    for _ in 1..MAPPINGS_MAX {
+        kept.push(files.map(file(0x1000), 0, 0x1000, Access::Both).unwrap());
+    }
+    let one_more = files.map(file(0x1000), 0, 0x1000, Access::Both);
+    assert!(matches!(one_more, Err(MemoryError::TooMany(MAPPINGS_MAX))), "{one_more:?}");
+    // A device's memory counts as well; and what is gone does not.
+    let zero = OpenOptions::new().read(true).write(true).open("/dev/zero").unwrap();
+    assert!(files.map(&zero, 0, 0x1000, Access::Both).is_err());
+    kept.truncate(1);
+    files.map(&zero, 0, 0x1000, Access::Both).unwrap();
+}
+
+#[test]
+fn one_front_end_cannot_have_all_addresses() {
+    let mut files = MemoryFiles::default();
+    // Sparse files: nobody has so much memory.
+    let half = i64::try_from(MAPPED_BYTES_MAX / 2).unwrap();
+    let first = files.map(file(half), 0, 0x1000, Access::Both).unwrap();
+    let _second = files.map(file(half), 0, 0x1000, Access::Both).unwrap();
+    assert!(files.map(file(0x1000), 0, 0x1000, Access::Both).is_err());
+    drop(first);
+    files.map(file(half), 0, 0x1000, Access::Both).unwrap();
+    assert!(files.map(file(half * 4), 0, 0x1000, Access::Both).is_err());
+}

@@ -58,14 +58,14 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// One to three regions of files of their own, or of parts of them.
-    pub(super) fn new(random: &mut Random) -> std::io::Result<Self> {
+    /// One to three regions of files of their own, or of parts of them that start at one of these `offsets`.
+    pub(super) fn new(random: &mut Random, offsets: &[u64]) -> std::io::Result<Self> {
         let mut shares = Vec::new();
         let mut guest = random.pick(&[0, 0x1000, 1 << 32, 0x7fff_f000_0000]);
         let mut user = 0x7f00_0000_0000 + (random.below(1 << 20) << 12);
         for number in 0..=random.below(3) {
             let bytes = if number == 0 { MAIN_BYTES } else { 4096 * (1 + random.below(16)) };
-            let offset = random.pick(&[0, 0, 4096, 512]);
+            let offset = random.pick(offsets);
             let file = File::from(memfd_create(c"hostile", MFdFlags::MFD_CLOEXEC)?);
             file.set_len(offset + bytes)?;
             shares.push(Share { file, guest, user, bytes, offset });
@@ -98,10 +98,15 @@ impl Guest {
         }
     }
 
-    pub(super) fn byte(&self, at: u64) -> u8 {
+    /// Reads from the first region; what a file that was cut short does not have stays as it is in `bytes`.
+    pub(super) fn read(&self, at: u64, bytes: &mut [u8]) {
         let share = &self.shares[0];
+        let _ = share.file.read_at(bytes, share.offset.wrapping_add(at.wrapping_sub(share.guest)));
+    }
+
+    pub(super) fn byte(&self, at: u64) -> u8 {
         let mut byte = [NO_STATUS];
-        let _ = share.file.read_at(&mut byte, share.offset + at.wrapping_sub(share.guest));
+        self.read(at, &mut byte);
         byte[0]
     }
 
@@ -180,9 +185,15 @@ pub(super) struct Ring {
 
 impl Ring {
     /// A fresh ring: its memory is cleared.
-    pub(super) fn new(guest: &Guest, packed: bool, size: u16) -> Self {
+    fn new(guest: &Guest, packed: bool, size: u16) -> Self {
         guest.write(guest.base() + TABLE_AT, &vec![0; INDIRECT_AT as usize]);
         Self { packed, size, next: 0, offered: 0 }
+    }
+
+    /// A fresh ring of a size that such rings may have.
+    pub(super) fn any(guest: &Guest, packed: bool, random: &mut Random) -> Self {
+        let size = if packed { random.pick(&[16, 63, 100, 128]) } else { random.pick(&[16, 64, 128]) };
+        Self::new(guest, packed, size)
     }
 
     /// The words of SET_VRING_ADDR for queue `index`.
@@ -190,6 +201,12 @@ impl Ring {
         let user = guest.shares[0].user;
         let words = [u64::from(index), user + TABLE_AT, user + DEVICE_AT, user + DRIVER_AT, 0];
         Message::words(super::wire::request::SET_VRING_ADDR, &words)
+    }
+
+    /// Where the guest sees its descriptor, driver and device areas.
+    pub(super) const fn areas(guest: &Guest) -> [u64; 3] {
+        let base = guest.base();
+        [base + TABLE_AT, base + DRIVER_AT, base + DEVICE_AT]
     }
 
     /// The number that the next descriptor gets.

@@ -12,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use super::End;
 use super::random::Random;
 
 /// Requests of a front end (the vhost-user protocol's own numbers).
@@ -169,9 +170,7 @@ pub(super) struct Wire {
 
 impl Wire {
     pub(super) fn connect(path: &Path) -> std::io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(SEND_PATIENCE))?;
+        let stream = connect(path)?;
         Ok(Self { stream, spoiled: false, acknowledges: false, resets: 0 })
     }
 
@@ -184,21 +183,10 @@ impl Wire {
         let mut bytes: Vec<u8> =
             [message.code, message.flags, size].iter().flat_map(|word| word.to_le_bytes()).collect();
         if message.apart {
-            return self.send_bytes(&bytes, &[]) && self.send_bytes(&message.body, &message.fds);
+            return send_bytes(&self.stream, &bytes, &[]) && send_bytes(&self.stream, &message.body, &message.fds);
         }
         bytes.extend(&message.body);
-        self.send_bytes(&bytes, &message.fds)
-    }
-
-    pub(super) fn send_bytes(&self, bytes: &[u8], fds: &[OwnedFd]) -> bool {
-        if bytes.is_empty() {
-            return true;
-        }
-        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
-        let parts = [IoSlice::new(bytes)];
-        sendmsg::<()>(self.stream.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None) == Ok(bytes.len())
+        send_bytes(&self.stream, &bytes, &message.fds)
     }
 
     /// Sends a message that has an answer, and waits for it.
@@ -206,7 +194,7 @@ impl Wire {
         if !self.send(message) {
             return Ok(Heard::Gone);
         }
-        if self.spoiled { Ok(self.listen_briefly()) } else { self.answer() }
+        if self.spoiled { Ok(listen_briefly(&mut self.stream)) } else { self.answer() }
     }
 
     /// Sends a message, and waits for its acknowledgement if there can be one: `true` if it was taken or nobody says.
@@ -237,16 +225,55 @@ impl Wire {
         }
     }
 
-    /// Takes what is there after a pause, whatever it is.
-    pub(super) fn listen_briefly(&mut self) -> Heard {
-        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(PAUSE_MS)) == Ok(0) {
-            return Heard::Answer(Vec::new());
+    /// Sends bytes that are no messages.
+    pub(super) fn garbage(&mut self, random: &mut Random) -> Result<(), End> {
+        self.spoiled = true;
+        garbage(&mut self.stream, random)
+    }
+}
+
+/// Sends bytes that are no messages.
+pub(super) fn garbage(stream: &mut UnixStream, random: &mut Random) -> Result<(), End> {
+    for _ in 0..=random.below(4) {
+        // Around the lengths of both protocols' headers, and longer.
+        let count = random.pick(&[1, 3, 11, 12, 13, 15, 16, 17, 100, 4096, 70_000]);
+        let bytes = random.bytes(count);
+        let fds: Vec<OwnedFd> = (0..random.pick(&[0, 1, 2, 3, 3, 200])).filter_map(|_| odd_fd(random)).collect();
+        if !send_bytes(stream, &bytes, &fds) || matches!(listen_briefly(stream), Heard::Gone) {
+            return Err(End::Gone);
         }
-        let mut bytes = vec![0; 4096];
-        match self.stream.read(&mut bytes) {
-            Ok(count) if count > 0 => Heard::Answer(Vec::new()),
-            _ => Heard::Gone,
-        }
+    }
+    Ok(())
+}
+
+/// Connects to a socket; nothing on it takes for ever.
+pub(super) fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(SEND_PATIENCE))?;
+    Ok(stream)
+}
+
+/// Sends bytes and descriptors; returns whether all went out.
+pub(super) fn send_bytes(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> bool {
+    if bytes.is_empty() {
+        return true;
+    }
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
+    let parts = [IoSlice::new(bytes)];
+    sendmsg::<()>(stream.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None) == Ok(bytes.len())
+}
+
+/// Takes what is there after a pause, whatever it is.
+pub(super) fn listen_briefly(stream: &mut UnixStream) -> Heard {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut fds, PollTimeout::from(PAUSE_MS)) == Ok(0) {
+        return Heard::Answer(Vec::new());
+    }
+    match stream.read(&mut vec![0; 4096]) {
+        Ok(count) if count > 0 => Heard::Answer(Vec::new()),
+        _ => Heard::Gone,
     }
 }

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The bits of a header's flags that say what kind of message it is.
@@ -76,6 +76,28 @@ pub enum FramingError {
     System(#[from] Errno),
 }
 
+/// In front of the descriptors that came with a message (`struct cmsghdr`).
+#[derive(Clone, Copy, FromBytes)]
+#[repr(C)]
+struct ControlHeader {
+    /// Bytes of this structure and what follows.
+    length: usize,
+    level: i32,
+    kind: i32,
+}
+
+/// The descriptors in control data whose header was zeroes before the kernel wrote there. Read here and not by the library, which
+/// refuses to where the kernel has made only some of them: those would stay open for ever.
+fn descriptors(control: &[u8]) -> impl Iterator<Item = i32> {
+    let (header, rest) = ControlHeader::read_from_prefix(control)
+        .ok()
+        // Nothing else is asked for on these sockets.
+        .filter(|(header, _)| (header.level, header.kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS))
+        .unwrap_or((ControlHeader { length: 0, level: 0, kind: 0 }, &[]));
+    let bytes = header.length.saturating_sub(size_of::<ControlHeader>()).min(rest.len());
+    rest[..bytes].chunks_exact(size_of::<i32>()).filter_map(|fd| i32::read_from_bytes(fd).ok())
+}
+
 /// One side of a connection.
 #[derive(Debug)]
 pub struct Framing {
@@ -129,6 +151,7 @@ impl Framing {
             }
             let mut parts = [IoSliceMut::new(buffer)];
             let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+            self.control[..size_of::<ControlHeader>()].fill(0);
             let received = match recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut self.control), flags) {
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) if flags.contains(MsgFlags::MSG_DONTWAIT) => return Ok(false),
@@ -136,13 +159,12 @@ impl Framing {
                 Err(Errno::ECONNRESET) => return Err(self.end()),
                 other => other?,
             };
-            let count = received.bytes;
-            // There is room for as many as the kernel passes at once, so none is cut off.
-            for control in received.cmsgs()? {
-                if let ControlMessageOwned::ScmRights(new) = control {
-                    // SAFETY: the kernel has made these descriptors for us with this message, and nobody else knows them.
-                    fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
+            let (count, cut) = (received.bytes, received.flags.contains(MsgFlags::MSG_CTRUNC));
+            // SAFETY: the kernel has made these descriptors for us with this message, and nobody else knows them.
+            fds.extend(descriptors(&self.control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            if cut {
+                // There is room for as many as the kernel passes at once: this process has as many open as it may.
+                return Err(FramingError::System(Errno::EMFILE));
             }
             if fds.len() > self.descriptors_max {
                 return Err(FramingError::TooManyDescriptors(self.descriptors_max));

@@ -156,6 +156,8 @@ impl ShownFunction {
     /// After a reset of the registers.
     fn forget(&mut self) {
         self.function.reset();
+        // Until then a queue may have failed, and the fresh status said that the device needs a reset: a driver waits for zero.
+        self.shown.lock().virtio.reset();
         for queue in &mut self.queues {
             queue.running = None;
             queue.position = None;
@@ -187,6 +189,8 @@ impl ShownFunction {
         if let Err(why) = self.start(number, registers, accepted) {
             tracing::warn!(function = %self.name, queue = number, %why, "a queue cannot start; the function needs a reset");
             self.shown.needs_reset(Some(number));
+            // Those that run already stop too: none is live any more.
+            self.settle();
         }
     }
 

@@ -42,6 +42,8 @@ use crate::pci::Identity;
 
 /// How long a VMM that is refused may take to say its first word, so that it can be told why.
 const REFUSAL_TIME_MAX: Duration = Duration::from_secs(1);
+/// How many may be refused at a time; those beyond are not told why.
+const REFUSALS_MAX: usize = 8;
 
 /// A function's link as it is configured.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,6 +74,8 @@ struct Shared {
 /// A session and the thread that holds it.
 struct Served {
     stream: UnixStream,
+    /// Another VMM was refused meanwhile.
+    has_refused: bool,
     thread: JoinHandle<()>,
 }
 
@@ -82,15 +86,26 @@ impl Shared {
 
     fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd) {
         let mut served: Option<Served> = None;
+        // One count for each refusal that is under way, and ours.
+        let refusals = Arc::new(());
         while !self.is_stopping() {
             let Some(stream) = listening.accept(&self.settings.function, waker) else { continue };
             if let Some(now) = served.take_if(|now| now.thread.is_finished() || has_hung_up(&now.stream)) {
                 now.join(&self.settings.function);
             }
-            if served.is_some() {
-                tracing::warn!(function = %self.settings.function, "a second VMM was refused; the function has one");
-                // On a thread of its own: who says nothing must not keep the next one waiting.
-                let _ = std::thread::Builder::new().name("refusal".to_owned()).spawn(move || refuse(stream));
+            if let Some(now) = &mut served {
+                // Said once for each VMM that is served: others could fill a disk with our words.
+                if !std::mem::replace(&mut now.has_refused, true) {
+                    tracing::warn!(function = %self.settings.function, "a second VMM was refused; the function has one");
+                }
+                if Arc::strong_count(&refusals) <= REFUSALS_MAX {
+                    let counted = Arc::clone(&refusals);
+                    // On a thread of its own: who says nothing must not keep the next one waiting.
+                    let _ = std::thread::Builder::new().name("refusal".to_owned()).spawn(move || {
+                        refuse(stream);
+                        drop(counted);
+                    });
+                }
                 continue;
             }
             match self.begin(stream) {
@@ -115,9 +130,12 @@ impl Shared {
             if !shared.is_stopping() {
                 session::run(stream, &shared.settings, &shared.function, &shared.stopping);
             }
-            *shared.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            // There are other handles of it: this is what a VMM sees whose conversation is over.
+            if let Some(ended) = shared.connection.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                let _ = ended.shutdown(Shutdown::Both);
+            }
         })?;
-        Ok(Served { stream: watched, thread })
+        Ok(Served { stream: watched, has_refused: false, thread })
     }
 
     /// Ends the connection. What is in flight completes before the VMM sees the end.

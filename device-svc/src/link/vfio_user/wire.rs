@@ -26,6 +26,13 @@ use crate::dma::{DistantMemory, DmaFault, Question};
 /// Commands that lanes keep for the session, and their bytes: beyond that they leave them where they are.
 const KEPT_MAX: usize = 64;
 const KEPT_BYTES_MAX: usize = 4 << 20;
+/// What a descriptor counts as, bytes: the process can have far fewer of them, and all functions share them.
+const DESCRIPTOR_BYTES: usize = 32 << 10;
+
+/// What keeping a message costs, bytes.
+const fn cost(message: &Message) -> usize {
+    message.body.len() + message.fds.len() * DESCRIPTOR_BYTES
+}
 
 #[derive(Debug)]
 struct Inbound {
@@ -104,7 +111,7 @@ impl Wire {
         let mut inbound = lock(&self.inbound);
         let inbound = &mut *inbound;
         if let Some(kept) = inbound.kept.pop_front() {
-            inbound.kept_bytes -= kept.body.len();
+            inbound.kept_bytes -= cost(&kept);
             *message = kept;
             return Ok(());
         }
@@ -160,7 +167,7 @@ impl Wire {
                 Ok(false) => return Ok(()),
                 Ok(true) if self.is_answer(&mut inbound.partial) => {}
                 Ok(true) => {
-                    inbound.kept_bytes += inbound.partial.body.len();
+                    inbound.kept_bytes += cost(&inbound.partial);
                     inbound.kept.push_back(std::mem::take(&mut inbound.partial));
                 }
                 Err(error) => inbound.ended = Some(error),

@@ -127,3 +127,16 @@ fn a_device_that_needs_a_reset_runs_nothing() {
     registers.write(at::STATUS, &[0]);
     assert!(!registers.need_reset(), "nobody is there to be told");
 }
+
+/// A size that is right for a packed ring only, and then a split one is agreed upon.
+#[test]
+fn a_split_ring_of_an_odd_size_is_not_enabled() {
+    let mut registers = registers();
+    registers.write(at::STATUS, &[status::DRIVER]);
+    accept(&mut registers, features::VERSION_1 | features::RING_PACKED);
+    registers.write(at::QUEUE_SIZE, &100_u16.to_le_bytes());
+    negotiate(&mut registers, features::VERSION_1);
+    assert_eq!(registers.write(at::QUEUE_ENABLE, &1_u16.to_le_bytes()), Written::Nothing);
+    registers.write(at::QUEUE_SIZE, &64_u16.to_le_bytes());
+    assert_eq!(registers.write(at::QUEUE_ENABLE, &1_u16.to_le_bytes()), Written::Queues);
+}

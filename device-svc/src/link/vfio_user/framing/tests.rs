@@ -89,3 +89,24 @@ fn too_many_descriptors_are_closed() {
         assert_eq!(reader.read(&mut [0]).unwrap(), 0, "all are closed");
     }
 }
+
+/// A process that has as many descriptors open as it may is given some of a message's, and must not keep them.
+#[test]
+fn descriptors_that_come_in_part_are_closed() {
+    let (mut framing, theirs) = pair();
+    // As if the kernel could make two.
+    framing.control = nix::cmsg_space!([i32; 2]);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let peer = Framing::new(theirs, 1000, 8);
+    peer.send(Header::default(), &[b"x"], &[reader.as_fd(); 5]).unwrap();
+    let mut message = Message::default();
+    let end = framing.receive(&mut message);
+    assert!(matches!(end, Err(FramingError::System(Errno::EMFILE))), "{end:?}");
+    assert_eq!(message.fds.len(), 2);
+    drop((message, framing, peer, reader));
+    assert_eq!(
+        writer.write(b"!").unwrap_err().kind(),
+        std::io::ErrorKind::BrokenPipe,
+        "nobody else holds the other end"
+    );
+}

@@ -149,3 +149,26 @@ fn an_end_that_a_lane_meets_is_told_to_the_session_behind_what_came_before() {
     assert_eq!(message.header.id, 5);
     assert!(matches!(wire.receive(&mut message), Err(FramingError::Closed)));
 }
+
+/// Commands whose descriptors nobody has taken yet must not use up those of the whole process.
+#[test]
+fn few_descriptors_are_kept_for_the_session() {
+    let Bed { wire, peer } = bed();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let fds = [std::os::fd::AsFd::as_fd(&reader); DESCRIPTORS_MAX];
+    let id = ask(&wire, Question::Read(4));
+    for id in 1..=5 {
+        peer.send(Header { id, command: 5, ..Header::default() }, &[], &fds[..100]).unwrap();
+    }
+    assert_eq!(wire.answer(id, 4), Ok(None));
+    // It stops behind the one with which 4 MiB are full, and 100 of them count as 3.1.
+    let kept = lock(&wire.inbound).kept.iter().map(|message| message.fds.len()).sum::<usize>();
+    assert_eq!(kept, 200);
+    for id in 1..=5 {
+        let mut message = Message::default();
+        wire.receive(&mut message).unwrap();
+        assert_eq!(message.header.id, id);
+    }
+    let inbound = lock(&wire.inbound);
+    assert_eq!((inbound.kept_bytes, inbound.kept.len()), (0, 0));
+}
