@@ -4,6 +4,7 @@
 //!   main     what is asked for
 //!   blk      a subject: which points, which goals
 //!   dma_map  another: what a table of very many ranges costs
+//!   net      another: packets per second
 //!   points   alternation, repeats, medians and spread
 //!   peers    the servers, each on a CPU of its own and stopped while another is measured
 //!   load     the load on the other CPU
@@ -16,6 +17,7 @@ mod chart;
 mod dma_map;
 mod load;
 mod machine;
+mod net;
 mod peers;
 mod points;
 mod report;
@@ -46,6 +48,10 @@ enum Subject {
     /// How long a page takes to be found among 50,000 beside among 10, and to be mapped as the 50,000th beside as one of the
     /// first 1,000: in the table itself, and over a socket with everything that belongs to it.
     DmaMap(DmaMapArguments),
+    /// Network functions, beside DPDK's vhost-user back end
+    ///
+    /// The load is DPDK's virtio-user driver on the second CPU, the back end has the first. The rig has both (tests/rig/make).
+    Net(NetArguments),
 }
 
 /// What becomes of the results.
@@ -63,6 +69,16 @@ struct Output {
 #[derive(Args)]
 pub(crate) struct DmaMapArguments {
     /// Fewer repeats, with more spread
+    #[arg(long)]
+    quick: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// How `bench net` runs.
+#[derive(Args)]
+pub(crate) struct NetArguments {
+    /// Fewer and shorter points, with more spread
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
@@ -99,6 +115,7 @@ fn run(subject: &Subject) -> Result<()> {
     let (report, output) = match subject {
         Subject::Blk(arguments) => (blk::measure(arguments)?, &arguments.output),
         Subject::DmaMap(arguments) => (dma_map::measure(arguments)?, &arguments.output),
+        Subject::Net(arguments) => (net::measure(arguments)?, &arguments.output),
     };
     print!("{}", report.table());
     if let Some(path) = &output.json {

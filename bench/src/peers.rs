@@ -32,7 +32,7 @@ impl Server {
         self.child.id()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         // One that is gone shows itself with the next request.
         let _ = kill(Pid::from_raw(self.child.id().cast_signed()), signal);
     }
@@ -52,11 +52,24 @@ impl Server {
 
     /// Reads and DMA transactions of Dray's function 0 so far.
     pub(crate) fn reads_and_transactions(&self) -> Result<(f64, f64)> {
+        let function = self.function()?;
+        let figure = |name| function[name].as_f64().with_context(|| format!("statistics have {name}"));
+        Ok((figure("reads")?, figure("dma-transactions")?))
+    }
+
+    /// One figure of Dray's function 0, by its path in the statistics.
+    pub(crate) fn figure(&self, path: &[&str]) -> Result<f64> {
+        let function = self.function()?;
+        let found = path.iter().try_fold(&function, |value, key| value.get(key));
+        found.and_then(serde_json::Value::as_f64).with_context(|| format!("statistics have {}", path.join(".")))
+    }
+
+    /// The statistics of Dray's function 0.
+    fn function(&self) -> Result<serde_json::Value> {
         let control = format!("unix:{}", self.folder.join("card.sock").display());
         let output = Command::new(device_svc()?).args(["stats", "--json", "--control", &control]).output()?;
-        let stats: serde_json::Value = serde_json::from_slice(&output.stdout).context("statistics are JSON")?;
-        let figure = |name| stats["functions"][0][name].as_f64().with_context(|| format!("statistics have {name}"));
-        Ok((figure("reads")?, figure("dma-transactions")?))
+        let mut stats: serde_json::Value = serde_json::from_slice(&output.stdout).context("statistics are JSON")?;
+        Ok(stats["functions"][0].take())
     }
 }
 
@@ -124,6 +137,25 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
             options.payload
         ));
     }
+    serve(cpus, folder, &text)
+}
+
+/// Starts Dray's service with one network function on this uplink, in a folder of its own below `parent`; it always polls.
+pub(crate) fn dray_net(cpus: Cpus, parent: &Path, uplink: &str) -> Result<Server> {
+    let folder = parent.join("dray");
+    std::fs::create_dir(&folder)?;
+    let text = format!(
+        "[reactors]\ncount = 1\npoll = \"always\"\n[control]\nlisten = \"unix:{}\"\n[[uplink]]\nname = \"u\"\n\
+         backend = {uplink}\n[[function]]\nname = \"f0\"\ntype = \"net\"\nuplink = \"u\"\n\
+         link = {{ type = \"vhost-user\", socket = \"{}\" }}\n",
+        folder.join("card.sock").display(),
+        folder.join("f0.sock").display()
+    );
+    serve(cpus, folder, &text)
+}
+
+/// Starts Dray's service on a configuration; it is stopped when it serves.
+fn serve(cpus: Cpus, folder: PathBuf, text: &str) -> Result<Server> {
     let configuration = folder.join("card.toml");
     std::fs::write(&configuration, text)?;
     let mut command = Command::new(device_svc()?);

@@ -17,8 +17,10 @@ use super::{
 };
 use crate::address::{CardAddress, Iova};
 
-/// Reads up to this long are noted, and made when they are submitted: headers, event words, short chains.
-const NOTED_BYTES_MAX: u32 = 64;
+/// Reads up to this long are noted, and made when they are submitted: headers, event words, short chains, the first bytes of frames.
+const NOTED_BYTES_MAX: u32 = 256;
+/// Bytes of a cache line.
+const LINE_BYTES: u32 = 64;
 /// How many are noted at most; a batch's headers fit.
 const NOTED_MAX: usize = 64;
 
@@ -208,6 +210,11 @@ impl DmaEngine for CopyEngine {
                 if run == u64::from(length) && length <= NOTED_BYTES_MAX && self.noted.len() < NOTED_MAX =>
             {
                 prefetch_read(host);
+                let mut line = LINE_BYTES;
+                while line < length {
+                    prefetch_read(host.wrapping_add(line as usize));
+                    line += LINE_BYTES;
+                }
                 self.noted.push(Noted { host, card: to, length });
                 Ok(())
             }

@@ -290,12 +290,14 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        let network = VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU;
-        let network = self.function.network().map_or(VhostUserProtocolFeatures::empty(), |_| network);
-        Ok(network
+        // Of a network function the front end has the configuration, and complains about one that is offered.
+        let kind = match self.function.network() {
+            Some(_) => VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU,
+            None => VhostUserProtocolFeatures::CONFIG,
+        };
+        Ok(kind
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
