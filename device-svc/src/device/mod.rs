@@ -28,9 +28,16 @@ use crate::mirror::Reach;
 
 pub use crate::mirror::QueueFault;
 pub use pages::{PageRun, Pages};
+pub use queue::LaneQueue;
 
-/// One virtqueue's pipeline, as far as it is the same for every device.
+/// One virtqueue's pipeline, as far as it is the same for every device. What a lane does not say is what its queue does.
 pub trait Lane: Send {
+    /// Its virtqueue.
+    fn queue(&self) -> &dyn LaneQueue;
+
+    /// Its virtqueue, to be changed.
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue;
+
     /// Publishes what has ended and interrupts the driver if it wants that. Returns whether there was something to do.
     fn finish_turn(&mut self, now: Moment) -> bool;
 
@@ -39,16 +46,24 @@ pub trait Lane: Send {
     fn arm(&mut self) -> Option<bool>;
 
     /// The descriptor to wait on for doorbells.
-    fn doorbell_fd(&self) -> Option<RawFd>;
+    fn doorbell_fd(&self) -> Option<RawFd> {
+        self.queue().doorbell_fd()
+    }
 
     /// Takes the doorbell's rings off.
-    fn take_doorbell(&mut self);
+    fn take_doorbell(&mut self) {
+        self.queue_mut().take_doorbell();
+    }
 
     /// The next moment at which the lane wants a turn though nothing wakes it: a limit that refills, a retry.
-    fn deadline(&self) -> Option<Moment>;
+    fn deadline(&self) -> Option<Moment> {
+        None
+    }
 
     /// Fetch nothing more. What is in flight goes on to its end.
-    fn stop(&mut self, now: Moment);
+    fn stop(&mut self, now: Moment) {
+        self.queue_mut().stop(now);
+    }
 
     /// Whether a lane that was told to stop has: nothing of it touches the VM's memory, and what remains waits for a server
     /// that is away.
@@ -58,27 +73,39 @@ pub trait Lane: Send {
     fn position(&self) -> QueuePosition;
 
     /// Whether requests remain in a stopped lane.
-    fn has_parked(&self) -> bool;
+    fn has_parked(&self) -> bool {
+        false
+    }
 
     /// Goes on where it stopped, with a port of its own.
-    fn resume(&mut self, start: QueueStart);
+    fn resume(&mut self, start: QueueStart) {
+        self.queue_mut().resume(start.port);
+    }
 
     /// Forget every request; nobody will hear of it again.
     fn abandon(&mut self);
 
     /// Whether an abandoned lane has let go of the VM's memory.
-    fn is_let_go(&mut self) -> bool;
+    fn is_let_go(&mut self) -> bool {
+        self.queue_mut().is_idle()
+    }
 
     /// Whether nothing of the lane is in its channel any more, nor on its way to or from card memory.
-    fn is_drained(&mut self) -> bool;
+    fn is_drained(&mut self) -> bool {
+        self.queue_mut().is_idle()
+    }
 
     /// Use this table as soon as nothing in flight depends on what is not in it. Returns whether it is in use; ask again
     /// after a turn if not.
-    fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool;
+    fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
+        self.queue_mut().use_memory(memory)
+    }
 
     /// Let go of memory that has left the table. Returns false, to be asked again after a turn, while something in flight is
     /// in it.
-    fn let_go(&mut self, removed: &Removed) -> bool;
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        self.queue_mut().let_go(removed)
+    }
 }
 
 /// A queue of a block device.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::{FaultReport, QueueFault};
 use crate::clock::Moment;
-use crate::dma::{DmaCounters, DmaEngine};
+use crate::dma::{DmaCounters, DmaEngine, HostMemory, Removed};
 use crate::link::{QueuePort, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Fetched, Mirror};
@@ -249,35 +249,10 @@ impl<E: DmaEngine> Queue<E> {
         }
     }
 
-    pub(super) fn doorbell_fd(&self) -> Option<RawFd> {
-        self.port.doorbell_fd()
-    }
-
-    pub(super) fn take_doorbell(&mut self) {
-        if self.port.take_doorbell() {
-            self.rung = true;
-            self.counters.doorbells.add(1);
-        }
-    }
-
-    pub(super) fn stop(&mut self, now: Moment) {
-        if matches!(self.state, State::Running | State::Failed) {
-            self.state = State::Stopping(now.after(STOP_PATIENCE));
-        }
-    }
-
     /// Whether nothing of a queue that is to stop is on its way between the VM's memory and the card's.
     pub(super) fn is_at_rest(&mut self) -> bool {
         let busy = self.mirror.is_publishing() || self.mirror.is_fetching();
         (!busy || self.ring_gone) && self.mirror.engine().is_idle()
-    }
-
-    /// Goes on with a port of its own.
-    pub(super) fn resume(&mut self, port: Box<dyn QueuePort>) {
-        self.port = port;
-        self.state = State::Running;
-        self.doorbell = Doorbell::Polled;
-        self.rung = false;
     }
 
     pub(super) fn abandon(&mut self) {
@@ -291,5 +266,71 @@ impl<E: DmaEngine> Queue<E> {
         let running = matches!(self.state, State::Running | State::Stopping(_)) && !self.ring_gone;
         let busy = running && (self.mirror.is_fetching() || self.mirror.is_publishing() || landing);
         !busy && self.mirror.engine().is_idle()
+    }
+}
+
+/// What a lane's queue does when the lane has nothing to add; see [`Lane`](super::Lane), whose words these are.
+pub trait LaneQueue {
+    /// The descriptor to wait on for doorbells.
+    fn doorbell_fd(&self) -> Option<RawFd>;
+
+    /// Takes the doorbell's rings off.
+    fn take_doorbell(&mut self);
+
+    /// Fetch nothing more.
+    fn stop(&mut self, now: Moment);
+
+    /// Goes on with this port.
+    fn resume(&mut self, port: Box<dyn QueuePort>);
+
+    /// Whether no copy is on its way.
+    fn is_idle(&mut self) -> bool;
+
+    /// Uses this table of memory, if nothing is on its way. Returns whether it does.
+    fn use_memory(&mut self, memory: &Arc<HostMemory>) -> bool;
+
+    /// Lets go of memory. Returns whether no copy touches it.
+    fn let_go(&mut self, removed: &Removed) -> bool;
+}
+
+impl<E: DmaEngine> LaneQueue for Queue<E> {
+    fn doorbell_fd(&self) -> Option<RawFd> {
+        self.port.doorbell_fd()
+    }
+
+    fn take_doorbell(&mut self) {
+        if self.port.take_doorbell() {
+            self.rung = true;
+            self.counters.doorbells.add(1);
+        }
+    }
+
+    fn stop(&mut self, now: Moment) {
+        if matches!(self.state, State::Running | State::Failed) {
+            self.state = State::Stopping(now.after(STOP_PATIENCE));
+        }
+    }
+
+    fn resume(&mut self, port: Box<dyn QueuePort>) {
+        self.port = port;
+        self.state = State::Running;
+        self.doorbell = Doorbell::Polled;
+        self.rung = false;
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.mirror.engine().is_idle()
+    }
+
+    fn use_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
+        let may = self.may_change_memory(false);
+        if may {
+            self.mirror.set_memory(Arc::clone(memory));
+        }
+        may
+    }
+
+    fn let_go(&mut self, removed: &Removed) -> bool {
+        self.mirror.engine().let_go(removed)
     }
 }

@@ -14,7 +14,6 @@ mod end;
 mod fetch;
 mod submit;
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +24,7 @@ use crate::backend::{BlockChannel, BlockFault, PayloadPlace};
 use crate::clock::Moment;
 use crate::device::pages::PAGE_BYTES;
 use crate::device::queue::{Published, Queue, State};
-use crate::device::{BlockLane, FaultReport, Lane, Pages, QueueFault};
+use crate::device::{BlockLane, FaultReport, Lane, LaneQueue, Pages, QueueFault};
 use crate::dma::{Direction, DmaEngine, HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{QueueCounters, RequestKind};
@@ -201,6 +200,14 @@ impl<E: DmaEngine> BlockLane for BlkLane<E> {
 }
 
 impl<E: DmaEngine> Lane for BlkLane<E> {
+    fn queue(&self) -> &dyn LaneQueue {
+        &self.queue
+    }
+
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue {
+        &mut self.queue
+    }
+
     #[inline]
     fn finish_turn(&mut self, _now: Moment) -> bool {
         if self.publishing == 0 && self.queue.is_publishing() {
@@ -227,14 +234,6 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         self.queue.arm(!self.landing.is_empty(), blocked, self.rows.in_use())
     }
 
-    fn doorbell_fd(&self) -> Option<RawFd> {
-        self.queue.doorbell_fd()
-    }
-
-    fn take_doorbell(&mut self) {
-        self.queue.take_doorbell();
-    }
-
     fn deadline(&self) -> Option<Moment> {
         let held = self.held.iter().map(|row| self.rows[*row].retry_at).min();
         let blocked = self.ready.front().map(|row| self.rows[row].popped_at.after(self.shared.io_timeout));
@@ -243,10 +242,6 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
             _ => None,
         };
         [held, blocked, stopping, self.throttled_until].into_iter().flatten().min()
-    }
-
-    fn stop(&mut self, now: Moment) {
-        self.queue.stop(now);
     }
 
     fn is_stopped(&mut self, now: Moment) -> bool {
@@ -263,10 +258,6 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
 
     fn has_parked(&self) -> bool {
         self.rows.in_use() > 0
-    }
-
-    fn resume(&mut self, start: QueueStart) {
-        self.queue.resume(start.port);
     }
 
     fn abandon(&mut self) {

@@ -3,7 +3,7 @@
 use virtio_bindings::virtio_net as spec;
 
 use super::filter::{Octets, Which, is_group};
-use super::{NetShared, receive_offloads};
+use super::{NetShared, RECEIVE_FEATURES, RECEIVE_USO6, receive_offloads};
 use crate::backend::net::Offloads;
 
 /// Bytes of the longest command: tables of addresses far larger than are kept.
@@ -153,13 +153,6 @@ impl Command {
 
 /// The feature bits that choose what may be left undone for the driver.
 fn receive_offload_bits(accepted: u64) -> u64 {
-    let bits = [
-        spec::VIRTIO_NET_F_GUEST_CSUM,
-        spec::VIRTIO_NET_F_GUEST_TSO4,
-        spec::VIRTIO_NET_F_GUEST_TSO6,
-        spec::VIRTIO_NET_F_GUEST_ECN,
-        spec::VIRTIO_NET_F_GUEST_USO4,
-        spec::VIRTIO_NET_F_GUEST_USO6,
-    ];
-    accepted & bits.into_iter().fold(0, |all, bit| all | 1 << bit)
+    let bits = RECEIVE_FEATURES.into_iter().chain([RECEIVE_USO6]);
+    accepted & bits.fold(0, |all, bit| all | 1 << bit)
 }

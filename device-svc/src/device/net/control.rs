@@ -1,6 +1,5 @@
 //! The control queue: the driver's commands, one after another (virtio 1.3, 5.1.6.5).
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
@@ -11,8 +10,8 @@ use crate::address::{CardAddress, Iova};
 use crate::backend::net::{Incoming, NetChannel};
 use crate::clock::Moment;
 use crate::device::queue::{Published, Queue, State};
-use crate::device::{FaultReport, Lane, NetLane, NetRole, QueueFault};
-use crate::dma::{CardMemory, DmaEngine, HostMemory, Removed, Ticket};
+use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
+use crate::dma::{CardMemory, DmaEngine, HostMemory, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::CardLayout;
@@ -152,6 +151,14 @@ impl<E: DmaEngine> NetLane for ControlLane<E> {
 }
 
 impl<E: DmaEngine> Lane for ControlLane<E> {
+    fn queue(&self) -> &dyn LaneQueue {
+        &self.queue
+    }
+
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue {
+        &mut self.queue
+    }
+
     fn finish_turn(&mut self, _now: Moment) -> bool {
         let did = self.queue.publish() != Published::Nothing;
         if did {
@@ -164,22 +171,6 @@ impl<E: DmaEngine> Lane for ControlLane<E> {
         self.queue.arm(self.command.is_some(), false, u16::from(self.command.is_some()))
     }
 
-    fn doorbell_fd(&self) -> Option<RawFd> {
-        self.queue.doorbell_fd()
-    }
-
-    fn take_doorbell(&mut self) {
-        self.queue.take_doorbell();
-    }
-
-    fn deadline(&self) -> Option<Moment> {
-        None
-    }
-
-    fn stop(&mut self, now: Moment) {
-        self.queue.stop(now);
-    }
-
     fn is_stopped(&mut self, _now: Moment) -> bool {
         let stopping = matches!(self.queue.state, State::Stopping(_));
         !stopping || (self.queue.ring_gone || self.command.is_none()) && self.queue.is_at_rest()
@@ -189,25 +180,9 @@ impl<E: DmaEngine> Lane for ControlLane<E> {
         self.queue.mirror.position_before(u16::from(self.command.is_some()))
     }
 
-    fn has_parked(&self) -> bool {
-        false
-    }
-
-    fn resume(&mut self, start: QueueStart) {
-        self.queue.resume(start.port);
-    }
-
     fn abandon(&mut self) {
         self.command = None;
         self.queue.abandon();
-    }
-
-    fn is_let_go(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
-    }
-
-    fn is_drained(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
     }
 
     fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
@@ -216,9 +191,5 @@ impl<E: DmaEngine> Lane for ControlLane<E> {
             self.queue.mirror.set_memory(Arc::clone(memory));
         }
         may
-    }
-
-    fn let_go(&mut self, removed: &Removed) -> bool {
-        self.queue.mirror.engine().let_go(removed)
     }
 }

@@ -113,6 +113,17 @@ const TRANSMIT_FEATURES: [u32; 5] = [
     spec::VIRTIO_NET_F_HOST_USO,
 ];
 
+/// Features that go with the offloads when the card brings frames to the driver, in the same order. Datagrams have two: one for each
+/// version of IP.
+const RECEIVE_FEATURES: [u32; 5] = [
+    spec::VIRTIO_NET_F_GUEST_CSUM,
+    spec::VIRTIO_NET_F_GUEST_TSO4,
+    spec::VIRTIO_NET_F_GUEST_TSO6,
+    spec::VIRTIO_NET_F_GUEST_ECN,
+    spec::VIRTIO_NET_F_GUEST_USO4,
+];
+const RECEIVE_USO6: u32 = spec::VIRTIO_NET_F_GUEST_USO6;
+
 fn offloads_of(features: u64, bits: [u32; 5]) -> Offloads {
     let has = |bit: u32| features >> bit & 1 == 1;
     let [checksum, tso4, tso6, ecn, uso] = bits.map(has);
@@ -126,16 +137,9 @@ fn transmit_offloads(features: u64) -> Offloads {
 
 /// What may be left undone for the driver, unless it chooses less.
 fn receive_offloads(features: u64) -> Offloads {
-    let bits = [
-        spec::VIRTIO_NET_F_GUEST_CSUM,
-        spec::VIRTIO_NET_F_GUEST_TSO4,
-        spec::VIRTIO_NET_F_GUEST_TSO6,
-        spec::VIRTIO_NET_F_GUEST_ECN,
-        spec::VIRTIO_NET_F_GUEST_USO4,
-    ];
-    let offloads = offloads_of(features, bits);
+    let offloads = offloads_of(features, RECEIVE_FEATURES);
     // A datagram to be cut may be of either version.
-    Offloads { uso: offloads.uso && features >> spec::VIRTIO_NET_F_GUEST_USO6 & 1 == 1, ..offloads }
+    Offloads { uso: offloads.uso && features >> RECEIVE_USO6 & 1 == 1, ..offloads }
 }
 
 /// An address as a number, to be stored at once.
@@ -365,15 +369,9 @@ impl NetShared {
         let transmit = TRANSMIT_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
         bits |= transmit.filter(|(_, offered)| *offered).fold(0, |all, (bit, _)| all | 1 << bit);
         let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.receive;
-        let receive = [
-            (checksum, 1 << spec::VIRTIO_NET_F_GUEST_CSUM),
-            (tso4, 1 << spec::VIRTIO_NET_F_GUEST_TSO4),
-            (tso6, 1 << spec::VIRTIO_NET_F_GUEST_TSO6),
-            (ecn, 1 << spec::VIRTIO_NET_F_GUEST_ECN),
-            (uso, 1 << spec::VIRTIO_NET_F_GUEST_USO4 | 1 << spec::VIRTIO_NET_F_GUEST_USO6),
-            (control && checksum, 1 << spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS),
-        ];
-        receive.into_iter().filter(|(offered, _)| *offered).fold(bits, |all, (_, more)| all | more)
+        let receive = RECEIVE_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
+        let further = [(RECEIVE_USO6, uso), (spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, control && checksum)];
+        receive.chain(further).filter(|(_, offered)| *offered).fold(bits, |all, (bit, _)| all | 1 << bit)
     }
 
     /// The configuration space.

@@ -6,7 +6,6 @@
 //!           │ that wait     │ staged        │
 //! ```
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
@@ -19,8 +18,8 @@ use crate::backend::net::{Checksum, ETHERNET_BYTES, Incoming, NetChannel, Offloa
 use crate::clock::Moment;
 use crate::device::limit::Way;
 use crate::device::queue::{Published, Queue, State};
-use crate::device::{FaultReport, Lane, NetLane, NetRole, QueueFault};
-use crate::dma::{CardMemory, DmaEngine, HostMemory, Removed};
+use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
+use crate::dma::{CardMemory, DmaEngine};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{DropReason, QueueCounters};
 use crate::mirror::CardLayout;
@@ -321,6 +320,14 @@ impl<E: DmaEngine> NetLane for ReceiveLane<E> {
 }
 
 impl<E: DmaEngine> Lane for ReceiveLane<E> {
+    fn queue(&self) -> &dyn LaneQueue {
+        &self.queue
+    }
+
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue {
+        &mut self.queue
+    }
+
     #[inline]
     fn finish_turn(&mut self, _now: Moment) -> bool {
         if self.publishing == 0 && self.queue.is_publishing() {
@@ -345,20 +352,8 @@ impl<E: DmaEngine> Lane for ReceiveLane<E> {
         self.queue.arm(false, blocked, waiting)
     }
 
-    fn doorbell_fd(&self) -> Option<RawFd> {
-        self.queue.doorbell_fd()
-    }
-
-    fn take_doorbell(&mut self) {
-        self.queue.take_doorbell();
-    }
-
     fn deadline(&self) -> Option<Moment> {
         self.throttled_until
-    }
-
-    fn stop(&mut self, now: Moment) {
-        self.queue.stop(now);
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
@@ -370,37 +365,9 @@ impl<E: DmaEngine> Lane for ReceiveLane<E> {
         self.queue.mirror.position_before(self.waiting())
     }
 
-    fn has_parked(&self) -> bool {
-        false
-    }
-
-    fn resume(&mut self, start: QueueStart) {
-        self.queue.resume(start.port);
-    }
-
     fn abandon(&mut self) {
         (self.filled, self.retired) = (self.popped, self.popped);
         self.publishing = 0;
         self.queue.abandon();
-    }
-
-    fn is_let_go(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
-    }
-
-    fn is_drained(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
-    }
-
-    fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
-        let may = self.queue.may_change_memory(false);
-        if may {
-            self.queue.mirror.set_memory(Arc::clone(memory));
-        }
-        may
-    }
-
-    fn let_go(&mut self, removed: &Removed) -> bool {
-        self.queue.mirror.engine().let_go(removed)
     }
 }

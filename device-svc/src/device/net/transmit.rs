@@ -11,7 +11,6 @@
 //! lent, is copied as well.
 #![expect(unsafe_code, reason = "hands the addresses of frames to a channel")]
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::filter::{BROADCAST, Octets};
@@ -25,8 +24,8 @@ use crate::clock::Moment;
 use crate::device::limit::Way;
 use crate::device::pages::{PAGE_BYTES, PageRun, Pages};
 use crate::device::queue::{Published, Queue, State};
-use crate::device::{FaultReport, Lane, NetLane, NetRole, QueueFault};
-use crate::dma::{CardMemory, Direction, DmaEngine, HostMemory, Removed, Ticket};
+use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
+use crate::dma::{CardMemory, Direction, DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{DropReason, QueueCounters};
 use crate::mirror::CardLayout;
@@ -444,6 +443,14 @@ impl<E: DmaEngine> NetLane for TransmitLane<E> {
 }
 
 impl<E: DmaEngine> Lane for TransmitLane<E> {
+    fn queue(&self) -> &dyn LaneQueue {
+        &self.queue
+    }
+
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue {
+        &mut self.queue
+    }
+
     #[inline]
     fn finish_turn(&mut self, _now: Moment) -> bool {
         if self.publishing == 0 && self.queue.is_publishing() {
@@ -469,20 +476,8 @@ impl<E: DmaEngine> Lane for TransmitLane<E> {
         self.queue.arm(landing, blocked, in_use)
     }
 
-    fn doorbell_fd(&self) -> Option<RawFd> {
-        self.queue.doorbell_fd()
-    }
-
-    fn take_doorbell(&mut self) {
-        self.queue.take_doorbell();
-    }
-
     fn deadline(&self) -> Option<Moment> {
         self.throttled_until
-    }
-
-    fn stop(&mut self, now: Moment) {
-        self.queue.stop(now);
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
@@ -494,37 +489,9 @@ impl<E: DmaEngine> Lane for TransmitLane<E> {
         self.queue.mirror.position_before(self.popped.wrapping_sub(self.sent))
     }
 
-    fn has_parked(&self) -> bool {
-        false
-    }
-
-    fn resume(&mut self, start: QueueStart) {
-        self.queue.resume(start.port);
-    }
-
     fn abandon(&mut self) {
         (self.asked, self.sent, self.retired) = (self.popped, self.popped, self.popped);
         self.publishing = 0;
         self.queue.abandon();
-    }
-
-    fn is_let_go(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
-    }
-
-    fn is_drained(&mut self) -> bool {
-        self.queue.mirror.engine().is_idle()
-    }
-
-    fn offer_memory(&mut self, memory: &Arc<HostMemory>) -> bool {
-        let may = self.queue.may_change_memory(false);
-        if may {
-            self.queue.mirror.set_memory(Arc::clone(memory));
-        }
-        may
-    }
-
-    fn let_go(&mut self, removed: &Removed) -> bool {
-        self.queue.mirror.engine().let_go(removed)
     }
 }

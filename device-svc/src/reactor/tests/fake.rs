@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::PATIENCE;
 use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
 use crate::clock::Moment;
-use crate::device::{BlockLane, Lane};
+use crate::device::{BlockLane, Lane, LaneQueue};
 use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};
 
@@ -167,6 +167,14 @@ impl BlockLane for FakeLane {
 }
 
 impl Lane for FakeLane {
+    fn queue(&self) -> &dyn LaneQueue {
+        unreachable!("it answers everything itself")
+    }
+
+    fn queue_mut(&mut self) -> &mut dyn LaneQueue {
+        unreachable!("it answers everything itself")
+    }
+
     fn finish_turn(&mut self, _now: Moment) -> bool {
         false
     }

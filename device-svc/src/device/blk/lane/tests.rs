@@ -3,6 +3,7 @@
 
 mod simulation;
 
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;

@@ -4,6 +4,8 @@
 //! a queue that stops and goes on, memory tables that are replaced. Every request ends exactly once, every read sees what was
 //! written, and at the end the disk is what the guest thinks it is.
 
+use std::os::fd::RawFd;
+
 use super::super::*;
 use super::{CountingPort, Faults};
 use crate::backend::{BlockInfo, BlockOperation, BlockRequest, Completion};
