@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Barrier, Mutex};
+use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 
 use device_svc::driver::client::{Client, ClientSettings, Through};
 use device_svc::driver::hostile::{Misdeed, Told};
@@ -42,9 +42,12 @@ const NEIGHBOURS: [Besieged; 2] = [
 ];
 
 impl Siege {
-    /// One reactor for all: who stops it stops everybody.
+    /// One reactor for all: who stops it stops everybody. With it comes the right to be the only siege: a process that another test
+    /// starts meanwhile has our sockets for a moment, and who hangs up has not, and is in the way of its successor.
     #[must_use]
-    pub fn card(&self) -> Card {
+    pub fn card(&self) -> (Card, MutexGuard<'static, ()>) {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let kind = self.link;
         let mut parts = String::new();
         for (name, backend, link, keys) in self.attacked.iter().chain(&NEIGHBOURS) {
@@ -65,7 +68,7 @@ packed = true
                 if keys.is_empty() { "queue-size = 128" } else { keys }
             );
         }
-        Card::start(&CardSettings { parts, ..CardSettings::default() })
+        (Card::start(&CardSettings { parts, ..CardSettings::default() }), alone)
     }
 
     /// An honest client.
@@ -107,7 +110,7 @@ packed = true
     /// # Panics
     /// When they do.
     pub fn lay(&self) {
-        let mut card = self.card();
+        let (mut card, _alone) = self.card();
         let process = card.process().id();
         let each = rounds(600, 2000, 20_000);
         let seed = std::env::var("DRAY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
@@ -219,7 +222,7 @@ packed = true
     /// # Panics
     /// When it does more.
     pub fn cut_memory(&self) {
-        let mut card = self.card();
+        let (mut card, _alone) = self.card();
         let mut beside = self.connect(&card, "beside", false);
         for number in 0..rounds(20, 50, 500) {
             for (name, ..) in self.attacked {

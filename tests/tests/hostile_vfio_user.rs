@@ -43,7 +43,7 @@ fn a_memory_file_cut_short_ends_that_function_only() {
 /// A conversation that cannot go on ends for both sides: nobody is left waiting for a reply.
 #[test]
 fn who_breaks_the_protocol_is_hung_up_on() {
-    let card = SIEGE.card();
+    let (card, _alone) = SIEGE.card();
     let mut stream = UnixStream::connect(card.path("ram.sock")).unwrap();
     // A header that says that the message is shorter than the header.
     stream.write_all(&[1, 0, 1, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
@@ -55,7 +55,7 @@ fn who_breaks_the_protocol_is_hung_up_on() {
 /// Who knocks while the function has a VMM costs a thread for a second, and there are few of those however many knock.
 #[test]
 fn a_crowd_at_a_busy_socket_is_turned_away() {
-    let mut card = SIEGE.card();
+    let (mut card, _alone) = SIEGE.card();
     let client = SIEGE.connect(&card, "ram", false);
     let threads = format!("/proc/{}/task", card.process().id());
     let threads = || std::fs::read_dir(&threads).map_or(0, Iterator::count);
