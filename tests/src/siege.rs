@@ -44,7 +44,6 @@ const NEIGHBOURS: [Besieged; 2] = [
 impl Siege {
     /// One reactor for all: who stops it stops everybody. With it comes the right to be the only siege: a process that another test
     /// starts meanwhile has our sockets for a moment, and who hangs up has not, and is in the way of its successor.
-    #[must_use]
     pub fn card(&self) -> (Card, MutexGuard<'static, ()>) {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
