@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
@@ -47,6 +48,8 @@ impl Siege {
     pub fn card(&self) -> (Card, MutexGuard<'static, ()>) {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who cuts a memory file short still has it mapped: without this the attacker would be the one that ends.
+        device_svc::dma::install_bus_fault_guard().expect("a handler for bus faults can be installed");
         let kind = self.link;
         let mut parts = String::new();
         for (name, backend, link, keys) in self.attacked.iter().chain(&NEIGHBOURS) {
@@ -135,39 +138,42 @@ packed = true
                 }
                 clients.into_iter().for_each(|client| client.leave().unwrap());
             });
-            let attackers: Vec<_> =
-                self.attacked
-                    .iter()
-                    .enumerate()
-                    .map(|(place, (name, ..))| {
-                        let (card, all, warm, go_on, log) = (&card, &all, &warm, &go_on, &log);
-                        scope.spawn(move || {
-                            let attack = || {
-                                let mut told = Vec::new();
-                                for number in 0..each {
-                                    if number == each / 4 {
-                                        self.serves(card, name, number);
-                                        told.push(Told::default());
-                                        warm.wait();
-                                        go_on.wait();
-                                    }
-                                    let seed = first + place as u64 * 1_000_000 + u64::from(number);
-                                    let one = (self.converse)(&card.path(&format!("{name}.sock")), seed);
-                                    told.push(one.unwrap_or_else(|misdeed| {
-                                        panic!("{name}: {misdeed}\n{}", last_words(log, name))
-                                    }));
+            let attackers: Vec<_> = self
+                .attacked
+                .iter()
+                .enumerate()
+                .map(|(place, (name, ..))| {
+                    let (card, all, warm, go_on, log) = (&card, &all, &warm, &go_on, &log);
+                    scope.spawn(move || {
+                        let attack = || {
+                            let mut told = Vec::new();
+                            for number in 0..each {
+                                if number == each / 4 {
+                                    self.serves(card, name, number);
+                                    told.push(Told::default());
+                                    warm.wait();
+                                    go_on.wait();
                                 }
-                                self.serves(card, name, each);
-                                all.lock().unwrap().insert(*name, told);
-                            };
-                            // The others would wait at the barrier for ever.
-                            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(attack)).is_err() {
-                                let _ = kill(Pid::from_raw(process.cast_signed()), Signal::SIGKILL);
-                                std::process::exit(101);
+                                let seed = first + place as u64 * 1_000_000 + u64::from(number);
+                                let one = (self.converse)(&card.path(&format!("{name}.sock")), seed);
+                                told.push(one.unwrap_or_else(|misdeed| {
+                                    // Past the test's own output, which ends with the process.
+                                    let words = last_words(log, name);
+                                    let _ = writeln!(std::io::stderr(), "{name}, seed {seed}: {misdeed}\n{words}");
+                                    panic!("{name}: {misdeed}")
+                                }));
                             }
-                        })
+                            self.serves(card, name, each);
+                            all.lock().unwrap().insert(*name, told);
+                        };
+                        // The others would wait at the barrier for ever.
+                        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(attack)).is_err() {
+                            let _ = kill(Pid::from_raw(process.cast_signed()), Signal::SIGKILL);
+                            std::process::exit(101);
+                        }
                     })
-                    .collect();
+                })
+                .collect();
             warm.wait();
             (before, resident_before) = (file_descriptors(process), resident_kib(process));
             go_on.wait();

@@ -103,7 +103,7 @@ fn a_guest_talks_to_the_network() {
             for report in out in six udp; do echo REPORT $report; cat /tmp/$report; done
             ip.iproute2 -s link show eth0
             iperf3 --server --one-off >/tmp/server &
-            until grep -q :1451 /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
+            until grep -q ':1451 [0:]* 0A' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
             echo SERVES
             wait"
         ));

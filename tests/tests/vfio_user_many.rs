@@ -39,9 +39,10 @@ fn connect(card: &Card, number: u32) -> Client {
     Client::connect(&card.path(&format!("f{number}.sock")), settings).unwrap()
 }
 
+/// Resident memory of the card without that of the VMs, which it maps: theirs is shared.
 fn resident_bytes(id: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 

@@ -192,6 +192,12 @@ impl Wire {
             (fits && access.count <= TRANSFER_BYTES_MAX.into()).then_some((distant, distant.offset + inside))
         });
         let Some((distant, at)) = inside else {
+            if distant.is_none() {
+                // Among messages in any order is memory that was mapped again without a descriptor: asking for it is right.
+                let failed = Header { flags: TYPE_REPLY | FLAG_ERROR, error: Errno::EFAULT as u32, ..header };
+                let _ = self.framing.send(failed, &[], &[]);
+                return Ok(());
+            }
             return Err(End::Owes(format!("{} bytes at {:#x} are asked for", access.count, access.address)));
         };
         let mut bytes = Vec::new();
