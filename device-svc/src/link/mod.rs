@@ -169,10 +169,6 @@ pub trait FunctionSide: Send + Sync {
     fn detach(&self);
 }
 
-/// Bytes of the stack of a link's thread. Each function has two or three, and the kernel may give a stack of 2 MiB, Rust's own size,
-/// one huge page at its first use.
-const STACK_BYTES: usize = 256 << 10;
-
 /// How long queues may take to stop, all together, before what is left of them is abandoned.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 

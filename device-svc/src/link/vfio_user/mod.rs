@@ -37,7 +37,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::listening::Listening;
-use super::{FunctionSide, LinkError, STACK_BYTES, drain};
+use super::{FunctionSide, LinkError, drain};
 use crate::pci::Identity;
 
 /// How long a VMM that is refused may take to say its first word, so that it can be told why.
@@ -101,12 +101,10 @@ impl Shared {
                 if Arc::strong_count(&refusals) <= REFUSALS_MAX {
                     let counted = Arc::clone(&refusals);
                     // On a thread of its own: who says nothing must not keep the next one waiting.
-                    let _ = std::thread::Builder::new().name("refusal".to_owned()).stack_size(STACK_BYTES).spawn(
-                        move || {
-                            refuse(stream);
-                            drop(counted);
-                        },
-                    );
+                    let _ = std::thread::Builder::new().name("refusal".to_owned()).spawn(move || {
+                        refuse(stream);
+                        drop(counted);
+                    });
                 }
                 continue;
             }
@@ -127,7 +125,7 @@ impl Shared {
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
         let shared = Arc::clone(self);
         let name: String = format!("vmm {}", self.settings.function).chars().take(15).collect();
-        let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
             // The owner may have looked for a connection just before there was one.
             if !shared.is_stopping() {
                 session::run(stream, &shared.settings, &shared.function, &shared.stopping);
@@ -202,11 +200,8 @@ impl VfioUserLink {
         let shared =
             Arc::new(Shared { settings, function, stopping: AtomicBool::new(false), connection: Mutex::new(None) });
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .stack_size(STACK_BYTES)
-            .spawn(move || theirs.run(&listening, &wake))
-            .map_err(system)?;
+        let thread =
+            std::thread::Builder::new().name(name).spawn(move || theirs.run(&listening, &wake)).map_err(system)?;
         Ok(Self { shared, thread: Some(thread), waker })
     }
 

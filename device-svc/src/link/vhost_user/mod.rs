@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::listening::Listening;
-use super::{FunctionSide, LinkError, STACK_BYTES, drain};
+use super::{FunctionSide, LinkError, drain};
 
 /// Where and how a link meets its front end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -133,7 +133,6 @@ impl VhostUserLink {
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
         // The kernel keeps 15 bytes of a thread's name.
         let thread = std::thread::Builder::new()
-            .stack_size(STACK_BYTES)
             .name(name.chars().take(15).collect())
             .spawn(move || match listening {
                 Some(listening) => server::run(&theirs, &listening, &wake),
