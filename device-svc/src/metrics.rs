@@ -100,18 +100,12 @@ impl RequestKind {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(usize)]
 pub enum DropReason {
-    /// Received: the guest has put out no buffer, or too few, and the frame could not wait.
-    NoBuffer,
     /// Longer than the MTU allows, or than the buffer that the guest put out for it, or than any frame can be.
     TooLong,
     /// Sent: no Ethernet header, or a virtio-net header that promises more than the frame holds or that was not negotiated.
     BadHeader,
     /// Received: to another address or VLAN than the guest's receive mode lets in.
     NotForUs,
-    /// Sent: from an address that is not the function's, where that is watched.
-    Spoofed,
-    /// Beyond the function's limit, and the frame could not wait.
-    LimitExceeded,
     /// A checksum to compute or a packet to cut where neither the other side nor the card can.
     Offload,
     /// The link is down: it was set so, or the uplink has no carrier.
@@ -122,28 +116,16 @@ pub enum DropReason {
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 9] = [
-        Self::NoBuffer,
-        Self::TooLong,
-        Self::BadHeader,
-        Self::NotForUs,
-        Self::Spoofed,
-        Self::LimitExceeded,
-        Self::Offload,
-        Self::LinkDown,
-        Self::UplinkFull,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::TooLong, Self::BadHeader, Self::NotForUs, Self::Offload, Self::LinkDown, Self::UplinkFull];
 
     /// The reason's name in metrics and statistics.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::NoBuffer => "no_buffer",
             Self::TooLong => "too_long",
             Self::BadHeader => "bad_header",
             Self::NotForUs => "not_for_us",
-            Self::Spoofed => "spoofed",
-            Self::LimitExceeded => "limit_exceeded",
             Self::Offload => "offload",
             Self::LinkDown => "link_down",
             Self::UplinkFull => "uplink_full",

@@ -105,7 +105,7 @@ impl<E: DmaEngine> Queue<E> {
         }
     }
 
-    /// Makes a turn of `work`, unless the queue is abandoned; a fault stops it. Returns whether there was something to do.
+    /// A turn came to this; a fault stops the queue. Returns whether there was something to do.
     #[inline]
     pub(super) fn end_turn(&mut self, worked: Result<bool, QueueFault>) -> bool {
         match worked {

@@ -10,8 +10,6 @@ use super::{ETHERNET_BYTES, Offloads};
 
 /// Bytes of the header as every driver of virtio 1 has it.
 pub const HEADER_BYTES: u32 = size_of::<RawNetHeader>() as u32;
-/// Bytes of the header with a hash report (virtio 1.3, 5.1.6.4).
-pub const HASHED_HEADER_BYTES: u32 = HEADER_BYTES + 8;
 
 /// Where the headers of IP and TCP end at least, behind Ethernet's: nothing shorter can be cut.
 const CUT_HEADER_BYTES_MIN: u32 = ETHERNET_BYTES + 20 + 8;

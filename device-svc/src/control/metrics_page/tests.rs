@@ -76,7 +76,7 @@ fn frames_appear_by_direction_and_drops_by_reason() {
     let [receive, transmit, control] = &function.queues[..] else { panic!("a pair and the control queue") };
     receive.net.packets.add(3);
     receive.net.bytes.add(4500);
-    receive.net.drop_for(DropReason::NoBuffer);
+    receive.net.drop_for(DropReason::TooLong);
     transmit.net.packets.add(2);
     transmit.net.broadcasts.add(1);
     transmit.net.drop_for(DropReason::UplinkFull);
@@ -91,9 +91,9 @@ fn frames_appear_by_direction_and_drops_by_reason() {
     assert_eq!(of(&format!("dray_net_bytes_total{{{rx}}}")), 4500.0);
     assert_eq!(of(&format!("dray_net_packets_total{{{tx}}}")), 2.0);
     assert_eq!(of(&format!("dray_net_broadcasts_total{{{tx}}}")), 1.0);
-    assert_eq!(of(&format!("dray_net_drops_total{{{rx},reason=\"no_buffer\"}}")), 1.0);
+    assert_eq!(of(&format!("dray_net_drops_total{{{rx},reason=\"too_long\"}}")), 1.0);
     assert_eq!(of(&format!("dray_net_drops_total{{{tx},reason=\"uplink_full\"}}")), 2.0);
-    assert_eq!(of(&format!("dray_net_drops_total{{{tx},reason=\"spoofed\"}}")), 0.0);
+    assert_eq!(of(&format!("dray_net_drops_total{{{tx},reason=\"link_down\"}}")), 0.0);
     assert_eq!(of("dray_interrupts_total{function=\"net0\",queue=\"2\"}"), 7.0);
     // Each type has what it has.
     let has = |start: &str| samples.keys().any(|name| name.starts_with(start));

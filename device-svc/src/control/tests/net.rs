@@ -123,7 +123,7 @@ async fn statistics_of_frames() {
     let function = served.starter.function("net0");
     let counters = crate::control::FunctionRun::counters(&*function);
     counters[0].net.packets.add(4);
-    counters[0].net.drop_for(DropReason::NoBuffer);
+    counters[0].net.drop_for(DropReason::TooLong);
     let stats = served.card().await.get_stats(v1::GetStatsRequest {}).await.unwrap().into_inner();
     let [disk, net] = &stats.functions[..] else { panic!("{stats:?}") };
     assert_eq!((disk.r#type.as_str(), net.r#type.as_str()), ("blk", "net"));
@@ -137,7 +137,7 @@ async fn statistics_of_frames() {
     assert_eq!(frames.packets, 4);
     let dropped: Vec<(&str, u64)> = frames.drops.iter().map(|drop| (drop.reason.as_str(), drop.packets)).collect();
     assert_eq!(dropped.len(), DropReason::ALL.len());
-    assert_eq!(dropped[0], ("no_buffer", 1));
+    assert_eq!(dropped[0], ("too_long", 1));
     assert!(dropped[1..].iter().all(|(_, packets)| *packets == 0));
     served.end().await;
 }

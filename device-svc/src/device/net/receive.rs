@@ -189,9 +189,9 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if !self.undone.cover(&frame.header) {
             return Some(DropReason::Offload);
         }
-        let is_cut = frame.header.segmentation.is_none();
+        let is_whole = frame.header.segmentation.is_none();
         let too_long = frame.length() > u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
-        (is_cut && too_long).then_some(DropReason::TooLong)
+        (is_whole && too_long).then_some(DropReason::TooLong)
     }
 
     /// Chains that a frame needs of those that wait: none if they do not suffice.
