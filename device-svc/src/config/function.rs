@@ -203,6 +203,10 @@ pub(super) fn named(
 
 /// Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
 fn refuse_other_keys(table: &Table<'_>, raw: &RawFunction, kind: Type) -> Result<(), Fault> {
+    if let (Type::Blk, Some(table_of_net)) = (kind, &raw.anti_spoofing) {
+        let message = format!("{}: `anti-spoofing`: only a function of type \"net\" has it; remove it", table.place);
+        return Err(Fault { span: table_of_net.span(), message });
+    }
     let (other, keys): (_, &[(&str, &Field, &str)]) = match kind {
         Type::Blk => (
             "net",
@@ -211,6 +215,8 @@ fn refuse_other_keys(table: &Table<'_>, raw: &RawFunction, kind: Type) -> Result
                 ("mac", &raw.mac, "remove it"),
                 ("mtu", &raw.mtu, "remove it"),
                 ("queue-pairs", &raw.queue_pairs, "write `queues`"),
+                ("rss", &raw.rss, "remove it"),
+                ("vlan", &raw.vlan, "remove it"),
             ],
         ),
         Type::Net => (

@@ -30,6 +30,11 @@ pub enum UplinkBackendConfig {
     Loopback,
     /// A tap interface of the kernel.
     Tap(TapConfig),
+    /// A switch on the card, between functions and one other uplink.
+    Switch {
+        /// The name of that uplink; `None`: functions reach each other alone.
+        uplink: Option<String>,
+    },
 }
 
 /// A tap interface.
@@ -51,6 +56,7 @@ impl UplinkBackendConfig {
             Self::Null => "null",
             Self::Loopback => "loopback",
             Self::Tap(_) => "tap",
+            Self::Switch { .. } => "switch",
         }
     }
 
@@ -58,7 +64,7 @@ impl UplinkBackendConfig {
     #[must_use]
     pub fn interface(&self) -> Option<String> {
         match self {
-            Self::Null | Self::Loopback => None,
+            Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(TapConfig { name, netns: None, .. }) => Some(format!("interface {name:?}")),
             Self::Tap(TapConfig { name, netns: Some(netns), .. }) => {
                 Some(format!("interface {name:?} of network namespace {netns:?}"))
@@ -66,11 +72,20 @@ impl UplinkBackendConfig {
         }
     }
 
+    /// The uplink that it uses itself, if any.
+    #[must_use]
+    pub fn uplink(&self) -> Option<&str> {
+        match self {
+            Self::Switch { uplink } => uplink.as_deref(),
+            Self::Null | Self::Loopback | Self::Tap(_) => None,
+        }
+    }
+
     /// The network namespace that it is in, if one is named.
     #[must_use]
     pub fn netns(&self) -> Option<&str> {
         match self {
-            Self::Null | Self::Loopback => None,
+            Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(tap) => tap.netns.as_deref(),
         }
     }
@@ -82,6 +97,9 @@ impl fmt::Display for UplinkBackendConfig {
         f.write_str(self.type_name())?;
         match self {
             Self::Null | Self::Loopback => Ok(()),
+            Self::Switch { uplink } => {
+                uplink.as_ref().map_or(Ok(()), |uplink| write!(f, ",uplink={}", doubled(uplink)))
+            }
             Self::Tap(TapConfig { name, netns, mtu }) => {
                 write!(f, ",name={}", doubled(name))?;
                 if let Some(netns) = netns {
@@ -100,6 +118,20 @@ impl UplinkConfig {
         [("name", self.name != other.name), ("backend", self.backend != other.backend)]
             .into_iter()
             .find_map(|(key, differs)| differs.then_some(key))
+    }
+
+    /// Whether this uplink can use `other`, which it names.
+    ///
+    /// # Errors
+    /// The key that stands against it and why.
+    pub fn check_on(&self, other: &Self) -> Result<(), (&'static str, String)> {
+        match &other.backend {
+            UplinkBackendConfig::Switch { .. } => {
+                let message = format!("uplink {:?} is a switch as well; name one of another type", other.name);
+                Err(("backend", message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether this uplink can be beside `other` on one card.
@@ -134,10 +166,11 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 3] = [
+const TYPES: [(&str, (&[&str], Read)); 4] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
+    ("switch", (&["uplink"], switch)),
 ];
 
 fn backend_config(
@@ -148,9 +181,10 @@ fn backend_config(
     let table = Table { place: format!("{place}: backend"), span: raw.span(), reading };
     let raw = raw.get_ref();
     let kind = table.word("type", &raw.r#type, &TYPES)?;
-    let (keys, read) = table.required("type", kind, "`type = \"tap\"`, \"loopback\" or \"null\"")?;
+    let (keys, read) = table.required("type", kind, "`type = \"tap\"` or another")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 3] = [("name", &raw.name), ("netns", &raw.netns), ("mtu", &raw.mtu)];
+    let given: [(&str, &Field); 4] =
+        [("name", &raw.name), ("netns", &raw.netns), ("mtu", &raw.mtu), ("uplink", &raw.uplink)];
     if let Some((key, field)) = given.into_iter().find(|(key, field)| field.is_some() && !keys.contains(key)) {
         let owners: Vec<&str> =
             TYPES.iter().filter(|(_, (keys, _))| keys.contains(&key)).map(|(name, _)| *name).collect();
@@ -158,6 +192,14 @@ fn backend_config(
         return Err(table.fault_at(key, field, message));
     }
     read(&table, raw)
+}
+
+fn switch(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault> {
+    let uplink = table.text("uplink", &raw.uplink)?;
+    if let Some(uplink) = uplink {
+        check_name(uplink).map_err(|message| table.fault_at("uplink", &raw.uplink, message))?;
+    }
+    Ok(UplinkBackendConfig::Switch { uplink: uplink.map(str::to_owned) })
 }
 
 fn tap(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<TapConfig, Fault> {

@@ -7,6 +7,7 @@ use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
+use crate::backend::net::switch::SwitchBackend;
 use crate::backend::net::tap::{TapBackend, TapSettings};
 use crate::backend::net::{NetBackend, Offloads};
 use crate::backend::null::{NullBackend, NullSettings};
@@ -52,11 +53,11 @@ fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, Back
     Ok(NbdSettings { connections, tls, read_only, ..NbdSettings::new(uri) })
 }
 
-/// Opens the network of `config`.
+/// Opens the network of `config`; `on` is the one that it uses itself, if it names one.
 ///
 /// # Errors
 /// When the network refuses or cannot be reached, in words that name it and the next step.
-pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> {
+pub fn open_uplink(config: &UplinkConfig, on: Option<&dyn NetBackend>) -> Result<Arc<dyn NetBackend>, BackendError> {
     let backend: Arc<dyn NetBackend> = match &config.backend {
         UplinkBackendConfig::Null => Arc::new(NullNet::new()),
         UplinkBackendConfig::Loopback => Arc::new(LoopbackBackend::new()),
@@ -64,6 +65,7 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
             let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
             Arc::new(TapBackend::new(settings)?)
         }
+        UplinkBackendConfig::Switch { .. } => Arc::new(SwitchBackend::new(on)?),
     };
     // VMs are offered the same everywhere; what a network leaves to them the card does itself.
     let info = backend.info();

@@ -138,10 +138,10 @@ impl FunctionSlot {
         }
         match &mut self.outlet {
             Outlet::Block(_) => true,
-            Outlet::Net(channels) => channels
-                .iter_mut()
-                .enumerate()
-                .all(|(pair, channel)| takers >> (pair % 128) & 1 == 0 || channel.as_mut().is_none_or(|c| c.arm())),
+            Outlet::Net(channels) => channels.iter_mut().enumerate().all(|(pair, channel)| {
+                let takes = takers >> (pair % 128) & 1 == 1;
+                channel.as_mut().is_none_or(|channel| channel.arm_carrying() && (!takes || channel.arm()))
+            }),
         }
     }
 
@@ -204,6 +204,9 @@ fn turn_net(
     chains_max: u16,
 ) -> Turned {
     let mut turned = Turned::default();
+    for channel in channels.iter_mut().flatten() {
+        turned.did |= channel.carry();
+    }
     for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
         let AnyLane::Net(lane) = &mut slot.lane else { continue };
         let channel = match lane.role() {

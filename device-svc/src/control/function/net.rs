@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use super::{CardFunction, FunctionPlace, Kind, Placement};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig};
+use crate::backend::net::PortSettings;
+use crate::config::{
+    AntiSpoofingConfig, FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig,
+};
 use crate::control::seam::SetError;
 use crate::device::Outlet;
 use crate::device::limit::{Limit, Rates};
-use crate::device::net::{NetDevice, NetSettings, NetShared};
+use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared};
 use crate::link::{NetworkSide, Refusal};
 use crate::uplink::Uplink;
 
@@ -26,6 +29,11 @@ fn rates_of(config: &NetLimitConfig) -> Rates {
         write_bandwidth: config.transmit_bandwidth.unwrap_or(0),
         burst: config.burst,
     }
+}
+
+fn rules_of(config: &AntiSpoofingConfig) -> AntiSpoofing {
+    let AntiSpoofingConfig { mac, vlans, addresses } = config.clone();
+    AntiSpoofing { mac, vlans, addresses }
 }
 
 impl CardFunction {
@@ -50,9 +58,11 @@ impl CardFunction {
             // Over vhost-user the front end keeps the control queue to itself.
             control: matches!(config.link.kind, LinkKind::VfioUser { .. }),
             copy_payload: config.link.payload == PayloadConfig::Copy,
+            anti_spoofing: net.anti_spoofing.as_ref().map(rules_of),
             limits: vec![Arc::clone(&limit)],
         };
-        let backend = &uplink.backend;
+        let port = uplink.backend.port(PortSettings { vlan: net.vlan })?;
+        let backend = port.as_ref().unwrap_or(&uplink.backend);
         let pairs = settings.pairs;
         let control = settings.control;
         let shared = Arc::new(NetShared::new(settings, backend.info(), backend.carrier().is_up()));

@@ -125,12 +125,20 @@ impl Command {
     }
 
     /// Does it.
-    pub(super) fn carry_out(self, shared: &NetShared) {
+    ///
+    /// # Errors
+    /// When the function may not have the address that it is given.
+    pub(super) fn carry_out(self, shared: &NetShared) -> Result<(), BadCommand> {
         if self == Self::Announced {
-            return shared.announced();
+            shared.announced();
+            return Ok(());
         }
         if let Self::Address(mac) = self {
-            return shared.set_mac(mac);
+            if !shared.may_be(mac) {
+                return Err(BadCommand);
+            }
+            shared.set_mac(mac);
+            return Ok(());
         }
         let done: Result<(), std::convert::Infallible> = shared.choose(|chosen| {
             let filter = &mut chosen.filter;
@@ -148,6 +156,7 @@ impl Command {
             Ok(())
         });
         let Ok(()) = done;
+        Ok(())
     }
 }
 

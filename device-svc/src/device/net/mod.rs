@@ -9,6 +9,7 @@
 //! Frames are kept in order, and nothing of a frame outlives the turn in which a channel takes it: so a lane's rows are a ring, with a
 //! counter for each stage, and no list of free ones.
 
+mod anti_spoofing;
 mod chosen;
 mod command;
 mod control;
@@ -34,6 +35,7 @@ use crate::metrics::NetCounters;
 use crate::mirror::Reach;
 use crate::virtqueue::features;
 
+pub use anti_spoofing::AntiSpoofing;
 pub use chosen::Chosen;
 pub use control::ControlLane;
 pub use filter::{Filter, Octets};
@@ -65,6 +67,8 @@ pub struct NetSettings {
     pub control: bool,
     /// Whether frames go through card memory as a whole though they could stay in place until they are sent.
     pub copy_payload: bool,
+    /// What the VM may say it is; `None`: anything.
+    pub anti_spoofing: Option<AntiSpoofing>,
     /// Limits, all of which a frame must pass.
     pub limits: Vec<Arc<Limit>>,
 }
@@ -298,8 +302,17 @@ impl NetShared {
         self.settings.control
     }
 
+    /// Whether the function may have this address, or say that it has: where the VM may not say it is another, only its own.
+    fn may_be(&self, address: Octets) -> bool {
+        let keeps = self.settings.anti_spoofing.as_ref().is_some_and(|rules| rules.mac);
+        !keeps || address == self.mac()
+    }
+
     /// The card tells the network where this address is, for a driver that cannot be asked to.
     pub fn announce_for(&self, address: Octets) {
+        if !self.may_be(address) {
+            return;
+        }
         self.announced_by_card.store(bits_of(address), Ordering::Release);
         self.tell_lanes();
     }

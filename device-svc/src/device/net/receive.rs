@@ -286,10 +286,14 @@ impl<E: DmaEngine> NetLane for ReceiveLane<E> {
             return false;
         }
         let epoch = self.shared.epoch();
-        if self.epoch != Some(epoch)
-            && let Some(channel) = channel
-        {
-            self.follow(epoch, channel);
+        if let Some(channel) = channel {
+            if self.epoch != Some(epoch) {
+                self.follow(epoch, channel);
+            }
+            let missed = channel.missed();
+            if missed > 0 {
+                self.queue.counters.net.drops[DropReason::NoBuffers as usize].add(missed);
+            }
         }
         if self.throttled_until.is_some_and(|until| until <= now) {
             self.throttled_until = None;

@@ -13,6 +13,7 @@
 
 use std::sync::Arc;
 
+use super::anti_spoofing::JUDGED_BYTES;
 use super::filter::{BROADCAST, Octets};
 use super::{NetShared, ROWS_MAX, count, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
@@ -33,6 +34,7 @@ use crate::virtqueue::{Chain, Segment};
 
 /// Card memory of one row: the virtio header, and the first bytes of the frame.
 const ROW_BYTES: u32 = 256;
+const _: () = assert!(JUDGED_BYTES as u32 + super::HEADER_BYTES <= ROW_BYTES);
 /// Card pages for frames that are copied as a whole: sixteen of the longest.
 const COPY_PAGES: u32 = 272;
 
@@ -319,6 +321,13 @@ impl<E: DmaEngine> TransmitLane<E> {
         }
         if bytes < ETHERNET_BYTES {
             return Err(DropReason::BadHeader);
+        }
+        if let Some(rules) = &self.shared.settings.anti_spoofing {
+            let start = self.place(number).add(self.header_bytes);
+            let first = self.queue.mirror.engine_ref().card().get::<[u8; JUDGED_BYTES]>(start);
+            if !rules.passes(self.shared.mac(), &first[..JUDGED_BYTES.min(bytes as usize)]) {
+                return Err(DropReason::Spoofed);
+            }
         }
         // A header that is shorter has its last field left out, and that one means nothing here.
         let raw = self.queue.mirror.engine_ref().card().get::<RawNetHeader>(self.place(number));
