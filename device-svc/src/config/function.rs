@@ -184,6 +184,10 @@ pub(super) fn function(raw: Spanned<RawFunction>, reading: Reading<'_>) -> Resul
         Type::Blk => DeviceConfig::Blk(blk(&table, &raw, queue_size)?),
         Type::Net => DeviceConfig::Net(net(&table, &raw, &name)?),
     };
+    if matches!((&device, link.kind), (DeviceConfig::Net(NetConfig { rss: true, .. }), LinkKind::VhostUser { .. })) {
+        let message = "over vhost-user the VMM keeps the driver's commands to itself; remove it, or give a link of type \"vfio-user\"";
+        return Err(table.fault_at("rss", &raw.rss, message));
+    }
     Ok(FunctionConfig { name, link, queue_size, packed, device })
 }
 

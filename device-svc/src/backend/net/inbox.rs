@@ -12,10 +12,11 @@
 #![expect(unsafe_code, reason = "a ring of bytes that several threads write, each its own stretch")]
 
 use std::cell::UnsafeCell;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{BURST, FRAME_BYTES_MAX, Incoming, NetHeader};
@@ -289,6 +290,39 @@ impl Outbox {
     /// The bell.
     pub(crate) fn bell_fd(&self) -> RawFd {
         self.inbox.bell.as_fd().as_raw_fd()
+    }
+}
+
+/// One descriptor for a channel that has a bell and something else to wait on.
+#[derive(Debug)]
+pub(crate) struct Wakers(Epoll);
+
+impl Wakers {
+    /// The bell of `outbox`, and the descriptor of what the channel stands around, which counts by its edges as everywhere. Both must
+    /// outlive this.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub(crate) fn new(outbox: &Outbox, other: Option<RawFd>) -> Result<Self, BackendError> {
+        let failed = |errno| BackendError::Unavailable(format!("a network channel cannot be waited on: {errno}"));
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
+        let other = other.map(|fd| (fd, EpollFlags::EPOLLIN | EpollFlags::EPOLLET));
+        for (fd, flags) in std::iter::once((outbox.bell_fd(), EpollFlags::EPOLLIN)).chain(other) {
+            // SAFETY: whoever calls this has both open.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            epoll.add(fd, EpollEvent::new(flags, 0)).map_err(failed)?;
+        }
+        Ok(Self(epoll))
+    }
+
+    /// The descriptor.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.0.as_raw_fd()
+    }
+
+    /// It has become readable; after this the next wake-up is an edge again.
+    pub(crate) fn drain(&self) {
+        let _ = self.0.wait(&mut [EpollEvent::empty(); 2], EpollTimeout::ZERO);
     }
 }
 

@@ -265,6 +265,11 @@ fn switches_and_their_ports() {
         error.ends_with("`vlan`: uplink \"u\" is no switch, and has no ports with a VLAN; leave the key out"),
         "{error}"
     );
+    let error = refused(&function("uplink = \"u\"\nrss = true"));
+    assert!(
+        error.contains("`rss`: over vhost-user the VMM keeps the driver's commands to itself; remove it"),
+        "{error}"
+    );
     let error = refused(&function("uplink = \"u\"\nvlan = 0"));
     assert!(error.ends_with("`vlan`: 0 is not a whole number from 1 to 4094"), "{error}");
 }

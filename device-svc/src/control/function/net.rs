@@ -11,7 +11,7 @@ use crate::config::{
 use crate::control::seam::SetError;
 use crate::device::Outlet;
 use crate::device::limit::{Limit, Rates};
-use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared};
+use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared, Steering};
 use crate::link::{NetworkSide, Refusal};
 use crate::uplink::Uplink;
 
@@ -58,6 +58,7 @@ impl CardFunction {
             // Over vhost-user the front end keeps the control queue to itself.
             control: matches!(config.link.kind, LinkKind::VfioUser { .. }),
             copy_payload: config.link.payload == PayloadConfig::Copy,
+            rss: net.rss,
             anti_spoofing: net.anti_spoofing.as_ref().map(rules_of),
             limits: vec![Arc::clone(&limit)],
         };
@@ -72,12 +73,21 @@ impl CardFunction {
         let both = placed.iter().flat_map(|reactor| [*reactor; 2]);
         let queues = both.chain(placed.first().copied().filter(|_| control)).collect();
         let placement = Placement { queues, placed: placed.clone() };
+        let mut steering = net.rss.then(|| Steering::new(&shared)).transpose()?;
         let function = Self::assemble(&config.name, device, Kind::Net { shared, limit }, placement, place);
-        let channels_on = |reactor: &usize| {
-            let channel = |on: &usize| (on == reactor).then(|| backend.open_channel()).transpose();
-            placed.iter().map(channel).collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        let mut open = |pair: u16| {
+            let channel = backend.open_channel()?;
+            match &mut steering {
+                Some(steering) => steering.channel(pair, channel),
+                None => Ok(channel),
+            }
         };
-        let outlets = function.used_reactors().iter().map(channels_on).collect::<Result<Vec<_>, _>>();
+        let mut channels_on = |reactor: &usize| {
+            let pairs = placed.iter().zip(0..);
+            let channels = pairs.map(|(on, pair)| (on == reactor).then(|| open(pair)).transpose());
+            channels.collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        };
+        let outlets = function.used_reactors().iter().map(&mut channels_on).collect::<Result<Vec<_>, _>>();
         let function = function.open(outlets)?;
         let watched = Arc::downgrade(&function);
         backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));

@@ -14,8 +14,10 @@ mod chosen;
 mod command;
 mod control;
 mod filter;
+mod hashing;
 mod receive;
 mod staging;
+mod steering;
 mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -39,11 +41,15 @@ pub use anti_spoofing::AntiSpoofing;
 pub use chosen::Chosen;
 pub use control::ControlLane;
 pub use filter::{Filter, Octets};
+pub use hashing::Hashing;
 pub use receive::ReceiveLane;
+pub use steering::Steering;
 pub use transmit::TransmitLane;
 
 /// Bytes of the header of a driver that knows nothing of virtio 1, nor of merged buffers (virtio 1.3, 5.1.6.1).
 const LEGACY_HEADER_BYTES: u32 = HEADER_BYTES - 2;
+/// Bytes of the header that has the frame's hash behind it (virtio 1.3, 5.1.6.1).
+const HASH_HEADER_BYTES: u32 = HEADER_BYTES + 8;
 /// Requests of a queue under way at most, in a queue that is larger.
 const ROWS_MAX: u16 = 1024;
 /// The speed of a link that nobody knows (virtio 1.3, 5.1.4).
@@ -67,6 +73,9 @@ pub struct NetSettings {
     pub control: bool,
     /// Whether frames go through card memory as a whole though they could stay in place until they are sent.
     pub copy_payload: bool,
+    /// Whether the driver may say which flow goes to which pair, and be told hashes. Needs the control queue, and channels that
+    /// [`Steering`] stands around.
+    pub rss: bool,
     /// What the VM may say it is; `None`: anything.
     pub anti_spoofing: Option<AntiSpoofing>,
     /// Limits, all of which a frame must pass.
@@ -160,7 +169,9 @@ const fn octets_of(bits: u64) -> Octets {
 
 /// Bytes of the header before each frame.
 const fn header_bytes(accepted: u64) -> u32 {
-    if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
+    if accepted & 1 << spec::VIRTIO_NET_F_HASH_REPORT != 0 {
+        HASH_HEADER_BYTES
+    } else if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
         HEADER_BYTES
     } else {
         LEGACY_HEADER_BYTES
@@ -205,7 +216,11 @@ impl NetShared {
 
     /// The number of the control queue, if there is one (virtio 1.3, 5.1.2).
     fn control_queue(&self, accepted: u64) -> Option<u16> {
-        let pairs = if accepted & 1 << spec::VIRTIO_NET_F_MQ != 0 { self.settings.pairs } else { 1 };
+        let pairs = if accepted & (1 << spec::VIRTIO_NET_F_MQ | 1 << spec::VIRTIO_NET_F_RSS) != 0 {
+            self.settings.pairs
+        } else {
+            1
+        };
         self.settings.control.then_some(pairs * 2)
     }
 
@@ -378,6 +393,9 @@ impl NetShared {
         if pairs > 1 {
             bits |= 1 << spec::VIRTIO_NET_F_MQ;
         }
+        if self.hashes() {
+            bits |= 1 << spec::VIRTIO_NET_F_RSS | 1 << spec::VIRTIO_NET_F_HASH_REPORT;
+        }
         let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.transmit;
         let transmit = TRANSMIT_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
         bits |= transmit.filter(|(_, offered)| *offered).fold(0, |all, (bit, _)| all | 1 << bit);
@@ -385,6 +403,10 @@ impl NetShared {
         let receive = RECEIVE_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
         let further = [(RECEIVE_USO6, uso), (spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, control && checksum)];
         receive.chain(further).filter(|(_, offered)| *offered).fold(bits, |all, (bit, _)| all | 1 << bit)
+    }
+
+    const fn hashes(&self) -> bool {
+        self.settings.rss && self.settings.control
     }
 
     /// The configuration space.
@@ -399,9 +421,9 @@ impl NetShared {
             mtu: self.mtu(),
             speed: SPEED_UNKNOWN,
             duplex: DUPLEX_FULL,
-            rss_key_bytes: 0,
-            rss_table_entries: 0,
-            hash_types: 0,
+            rss_key_bytes: if self.hashes() { hashing::KEY_BYTES_MAX } else { 0 },
+            rss_table_entries: if self.hashes() { hashing::TABLE_ENTRIES_MAX } else { 0 },
+            hash_types: if self.hashes() { hashing::TYPES } else { 0 },
         };
         space.as_bytes().to_vec()
     }

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use virtio_bindings::virtio_net as spec;
 use zerocopy::IntoBytes;
 
+use super::hashing::FrameHash;
 use super::staging::Staging;
-use super::{Chosen, NetShared, ROWS_MAX, count, header_bytes, receive_offloads};
+use super::{Chosen, HASH_HEADER_BYTES, NetShared, ROWS_MAX, count, header_bytes, receive_offloads};
 use crate::address::Iova;
+use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{Checksum, ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
 use crate::clock::Moment;
 use crate::device::limit::Way;
@@ -222,7 +224,16 @@ impl<E: DmaEngine> ReceiveLane<E> {
             undone.checksum = Checksum::Unknown;
         }
         let raw = undone.to_raw(chains);
-        let mut header = &raw.as_bytes()[..self.header_bytes as usize];
+        let mut whole = [0; HASH_HEADER_BYTES as usize];
+        whole[..HEADER_BYTES as usize].copy_from_slice(raw.as_bytes());
+        if self.header_bytes == HASH_HEADER_BYTES
+            && let Some(hashing) = &self.chosen.hashing
+        {
+            let FrameHash { value, report } = hashing.of(frame.bytes());
+            whole[12..16].copy_from_slice(&value.to_le_bytes());
+            whole[16..18].copy_from_slice(&report.to_le_bytes());
+        }
+        let mut header = &whole[..self.header_bytes as usize];
         let mut bytes = frame.bytes();
         let Self { queue, staging, rows, filled, .. } = self;
         let mask = rows.len() - 1;

@@ -64,6 +64,7 @@ impl Shape {
             packed: true,
             control: true,
             copy_payload: false,
+            rss: false,
             anti_spoofing: None,
             limits: Vec::new(),
         };

@@ -1,10 +1,8 @@
 //! One channel of a switch's port: what its VM sends goes where it belongs, what is for it waits in its inbox.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::frame::{Frame, Tag, range_of};
 use super::stations::PortNumber;
@@ -12,7 +10,7 @@ use super::uplink::{Burst, UplinkSide};
 use super::{Plug, Port, Ports, Shared, UPLINK};
 use crate::backend::BackendError;
 use crate::backend::net::flow::Flow;
-use crate::backend::net::inbox::{Inbox, Outbox};
+use crate::backend::net::inbox::{Inbox, Outbox, Wakers};
 use crate::backend::net::{BURST, ETHERNET_BYTES, Incoming, NetChannel, Offloads, Outgoing, Sent};
 use crate::clock::Moment;
 
@@ -43,30 +41,17 @@ pub(super) struct SwitchChannel {
     burst: Burst,
     enabled: bool,
     /// The bell, and what wakes the uplink.
-    epoll: Epoll,
+    wakers: Wakers,
 }
 
 impl SwitchChannel {
     pub(super) fn open(plug: Arc<Plug>) -> Result<Self, BackendError> {
         let (inbox, outbox) = Inbox::pair()?;
-        let epoll = wakers(outbox.bell_fd(), plug.shared.uplink.as_ref().and_then(UplinkSide::wake_fd))
-            .map_err(|errno| BackendError::Unavailable(format!("a switch's port cannot be waited on: {errno}")))?;
+        let wakers = Wakers::new(&outbox, plug.shared.uplink.as_ref().and_then(UplinkSide::wake_fd))?;
         plug.add(&inbox);
         let view = View { ports: Arc::default(), epoch: None, ringing: None };
-        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, epoll })
+        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, wakers })
     }
-}
-
-#[expect(unsafe_code, reason = "borrows descriptors whose owners outlive the call")]
-fn wakers(bell: RawFd, uplink: Option<RawFd>) -> nix::Result<Epoll> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    // The uplink's counts by its edges, as everywhere.
-    let uplink = uplink.map(|fd| (fd, EpollFlags::EPOLLIN | EpollFlags::EPOLLET));
-    for (fd, flags) in std::iter::once((bell, EpollFlags::EPOLLIN)).chain(uplink) {
-        // SAFETY: the inbox and the uplink's channel live in the caller.
-        epoll.add(unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }, EpollEvent::new(flags, 0))?;
-    }
-    Ok(epoll)
 }
 
 /// The VLAN that a frame is in which came by a port, and whether its tag says so; `None` if it must not come there.
@@ -308,13 +293,12 @@ impl NetChannel for SwitchChannel {
     }
 
     fn wake_fd(&self) -> Option<RawFd> {
-        Some(self.epoll.0.as_fd().as_raw_fd())
+        Some(self.wakers.fd())
     }
 
     fn woken(&mut self) {
         self.outbox.silence();
-        // So that the next one is an edge.
-        let _ = self.epoll.wait(&mut [EpollEvent::empty(); 2], EpollTimeout::ZERO);
+        self.wakers.drain();
         if let Some(mut held) = self.plug.shared.uplink.as_ref().and_then(UplinkSide::take) {
             held.woken();
         }
