@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
+use crate::backend::net::af_packet::{AfPacketBackend, AfPacketSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
@@ -12,7 +13,9 @@ use crate::backend::net::{NetBackend, Offloads};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
-use crate::config::{BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig};
+use crate::config::{
+    AfPacketConfig, BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+};
 
 /// Opens the storage of `config`.
 ///
@@ -63,6 +66,13 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
             Arc::new(TapBackend::new(settings)?)
+        }
+        UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
+            let settings = AfPacketSettings { interface: interface.clone(), netns: netns.clone() };
+            Arc::new(AfPacketBackend::new(&settings)?)
+        }
+        UplinkBackendConfig::AfXdp(_) => {
+            return Err(BackendError::Refused("af-xdp is not there yet".to_owned()));
         }
     };
     // VMs are offered the same everywhere; what a network leaves to them the card does itself.

@@ -9,10 +9,14 @@
 //! Who checks what: the device has parsed a VM's header ([`NetHeader`]) before its frame reaches a channel. A frame that a channel
 //! hands over comes from the network and is untrusted: only its length and its header have been checked.
 
+pub mod af_packet;
+#[cfg(test)]
+mod bed;
 mod carrier;
 mod frame_ring;
 pub mod header;
 mod incoming;
+mod kernel_queue;
 pub mod loopback;
 mod namespace;
 pub mod null;

@@ -96,6 +96,12 @@ impl Namespace {
         Ok(self.flags(interface)? & libc::IFF_UP as libc::c_short != 0)
     }
 
+    /// Whether it has been set up and has a carrier of its own, as far as its driver knows (`IFF_RUNNING`).
+    pub(super) fn is_running(&self, interface: &InterfaceName) -> Result<bool, Errno> {
+        let wanted = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        Ok(self.flags(interface)? & wanted == wanted)
+    }
+
     /// Sets it up.
     pub(super) fn set_up(&self, interface: &InterfaceName) -> Result<(), Errno> {
         let flags = self.flags(interface)?;
