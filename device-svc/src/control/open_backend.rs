@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
 use crate::backend::net::af_packet::{AfPacketBackend, AfPacketSettings};
+use crate::backend::net::af_xdp::{AfXdpBackend, AfXdpSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
@@ -14,7 +15,7 @@ use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
 use crate::config::{
-    AfPacketConfig, BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+    AfPacketConfig, AfXdpConfig, BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
 };
 
 /// Opens the storage of `config`.
@@ -71,8 +72,9 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
             let settings = AfPacketSettings { interface: interface.clone(), netns: netns.clone() };
             Arc::new(AfPacketBackend::new(&settings)?)
         }
-        UplinkBackendConfig::AfXdp(_) => {
-            return Err(BackendError::Refused("af-xdp is not there yet".to_owned()));
+        UplinkBackendConfig::AfXdp(AfXdpConfig { interface, netns, queues }) => {
+            let settings = AfXdpSettings { interface: interface.clone(), netns: netns.clone(), queues: *queues };
+            Arc::new(AfXdpBackend::new(&settings)?)
         }
     };
     // VMs are offered the same everywhere; what a network leaves to them the card does itself.

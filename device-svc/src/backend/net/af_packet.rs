@@ -2,8 +2,8 @@
 //! is the VM's.
 //!
 //! ```text
-//!   AfPacketBackend ── Device: the interface, watched                       af_packet.rs, ../watch.rs, ../namespace.rs
-//!        │               └─ sockets, and which frames are whose             af_packet/socket.rs, af_packet/share.rs
+//!   AfPacketBackend ── Device: the interface, watched                       ../watch.rs, ../namespace.rs
+//!        │               └─ sockets, and which frames are whose             ../packet_socket.rs, share.rs
 //!        └─ SoftwareOffloadChannel ── KernelQueue, for each queue pair      ../offload, ../kernel_queue.rs
 //! ```
 //!
@@ -25,7 +25,6 @@
 //! When the interface is deleted its sockets stay, bound to nothing; as soon as there is one of its name they are bound to that.
 
 mod share;
-mod socket;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -36,6 +35,7 @@ use self::share::{Share, filter};
 use super::kernel_queue::{KernelQueue, Port, Reads};
 use super::namespace::{InterfaceName, Namespace};
 use super::offload::SoftwareOffloadChannel;
+use super::packet_socket as socket;
 use super::watch::{Watch, Watched};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads};
 use crate::backend::BackendError;
@@ -241,7 +241,12 @@ impl Device {
                     tracing::info!("{} is there again", self.describe());
                 }
                 state.said = false;
-                (self.namespace().is_running(&self.name).unwrap_or(false), false)
+                let running = self.namespace().is_running(&self.name).unwrap_or(false);
+                if running {
+                    let files = state.members.iter().filter_map(|member| member.file.upgrade());
+                    files.for_each(|file| socket::clear_error(&file));
+                }
+                (running, false)
             }
             Err(errno) => {
                 if !std::mem::replace(&mut state.said, true) {

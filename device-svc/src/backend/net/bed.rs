@@ -13,10 +13,13 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 pub(super) use self::frames::{
-    EXPERIMENT, Sleeper, all_sent, frame, is_valid, number, plain, received, take, transmit, transport,
+    EXPERIMENT, Sleeper, all_sent, frame, give, is_valid, number, plain, received, tagged, take, transmit, transport,
 };
 use super::namespace::{InterfaceName, Namespace};
 
+/// The near end of a wire, and the far one.
+pub(super) const OWN: &str = "wire0";
+pub(super) const FAR: &str = "far0";
 /// How long a test waits for what must come.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -54,6 +57,13 @@ impl Bed {
         status.is_ok_and(|status| status.success())
     }
 
+    /// Makes two ends of a wire; both are up.
+    pub(super) fn wire(&self) {
+        self.ip(&["link", "add", OWN, "type", "veth", "peer", "name", FAR]);
+        self.ip(&["link", "set", FAR, "up"]);
+        self.ip(&["link", "set", OWN, "up"]);
+    }
+
     /// Has an interface leave nothing undone of what it sends, as `ethtool -K … tx off` does.
     pub(super) fn leave_nothing_undone(&self, interface: &str) {
         let interface = InterfaceName::new(interface).unwrap();
@@ -66,7 +76,8 @@ impl Bed {
             request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
             // SAFETY: the call reads an `ifreq`, and the value that it leads to.
             let result = unsafe { libc::ioctl(asker.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
-            Errno::result(result).unwrap();
+            // What it cannot do it does not leave undone.
+            assert!([Ok(0), Err(Errno::EOPNOTSUPP)].contains(&Errno::result(result)), "{command:#x}");
         }
     }
 
@@ -97,6 +108,13 @@ impl Bed {
         if headers {
             set(libc::PACKET_VNET_HDR, 1);
         }
+        // A reader that waits for something else meanwhile loses nothing.
+        let room: libc::c_int = 32 << 20;
+        // SAFETY: the option is an `int`.
+        let result = unsafe {
+            libc::setsockopt(packets.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, (&raw const room).cast(), 4)
+        };
+        Errno::result(result).unwrap();
         // SAFETY: an address is plain data, and as long as said.
         unsafe {
             let mut address: libc::sockaddr_ll = std::mem::zeroed();

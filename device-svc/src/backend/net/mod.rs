@@ -12,6 +12,7 @@
 pub mod af_packet;
 #[cfg(test)]
 mod bed;
+pub mod af_xdp;
 mod carrier;
 mod frame_ring;
 pub mod header;
@@ -21,6 +22,7 @@ pub mod loopback;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod packet_socket;
 pub mod tap;
 mod watch;
 

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::until;
 use crate::backend::Segments;
@@ -145,4 +145,15 @@ impl Sleeper {
     pub(in crate::backend::net) fn is_woken(&self, wait_ms: u16) -> bool {
         self.0.wait(&mut [EpollEvent::empty()], wait_ms).unwrap() == 1
     }
+}
+
+/// Sends a frame by a packet socket.
+pub(in crate::backend::net) fn give(packets: &OwnedFd, bytes: &[u8]) {
+    assert_eq!(send(packets.as_raw_fd(), bytes, MsgFlags::empty()), Ok(bytes.len()));
+}
+
+/// The same frame with a VLAN tag.
+pub(in crate::backend::net) fn tagged(mut frame: Vec<u8>, tag: [u8; 4]) -> Vec<u8> {
+    frame.splice(12..12, tag);
+    frame
 }

@@ -4,9 +4,10 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket};
+use nix::sys::socket::sockopt::SocketError;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, getsockopt, recv, socket};
 
-use super::super::kernel_queue::HEADER_BYTES;
+use super::kernel_queue::HEADER_BYTES;
 
 /// Memory for frames that wait to be read, bytes as the kernel counts them (a small frame is 768 or so): about 5 ms of small frames.
 const RECEIVE_BYTES: libc::c_int = 4 << 20;
@@ -94,6 +95,11 @@ pub(super) fn set_filter(file: &OwnedFd, filter: &[libc::sock_filter]) -> Result
     // The kernel copies the instructions, and does not write to them.
     let program = libc::sock_fprog { len: filter.len() as libc::c_ushort, filter: filter.as_ptr().cast_mut() };
     set(file, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
+/// Forgets that the interface was down, which the next call would be told instead of being carried out.
+pub(super) fn clear_error(file: &OwnedFd) {
+    let _ = getsockopt(file, SocketError);
 }
 
 /// Throws away what waits in a socket.
