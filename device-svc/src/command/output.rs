@@ -255,6 +255,18 @@ pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
             let value = json!({ "type": "tap", "name": tap.name, "netns": tap.netns, "mtu": tap.mtu });
             (format!("tap,name={}{netns}{mtu}", tap.name), without_nulls(value))
         }
+        Some(Kind::AfPacket(packet)) => {
+            let netns = packet.netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
+            let value = json!({ "type": "af-packet", "interface": packet.interface, "netns": packet.netns });
+            (format!("af-packet,interface={}{netns}", packet.interface), without_nulls(value))
+        }
+        Some(Kind::AfXdp(xdp)) => {
+            let netns = xdp.netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
+            let queues = xdp.queues.map(|queues| format!(",queues={queues}")).unwrap_or_default();
+            let value =
+                json!({ "type": "af-xdp", "interface": xdp.interface, "netns": xdp.netns, "queues": xdp.queues });
+            (format!("af-xdp,interface={}{netns}{queues}", xdp.interface), without_nulls(value))
+        }
         Some(Kind::Switch(v1::SwitchUplink { uplink })) => {
             let on = uplink.as_ref().map(|uplink| format!(",uplink={uplink}")).unwrap_or_default();
             (format!("switch{on}"), without_nulls(json!({ "type": "switch", "uplink": uplink })))

@@ -41,7 +41,7 @@ pub use link::{LinkConfig, LinkKind, NotifyConfig, PayloadConfig, SocketMode};
 pub use mac::MacAddress;
 pub use net::{MTU_DEFAULT, NetChange, NetConfig};
 pub use options::Options;
-pub use uplink::{TapConfig, UplinkBackendConfig, UplinkConfig};
+pub use uplink::{AfPacketConfig, AfXdpConfig, TapConfig, UplinkBackendConfig, UplinkConfig};
 pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
 
 use field::{Fault, Reading, Table};

@@ -77,9 +77,11 @@ pub(super) struct RawUplink {
 )]
 pub(super) struct RawUplinkBackend {
     pub(super) r#type: Field,
+    pub(super) interface: Field,
     pub(super) name: Field,
     pub(super) netns: Field,
     pub(super) mtu: Field,
+    pub(super) queues: Field,
     pub(super) uplink: Field,
 }
 

@@ -11,6 +11,8 @@ use super::volume::doubled;
 
 /// What the kernel lets a tap's MTU be: 65535 bytes with the Ethernet header.
 const TAP_MTU_MAX: u64 = 65521;
+/// Queue pairs of a function at most.
+const AF_XDP_QUEUES_MAX: u64 = 64;
 
 /// One uplink, as configured.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +32,10 @@ pub enum UplinkBackendConfig {
     Loopback,
     /// A tap interface of the kernel.
     Tap(TapConfig),
+    /// An interface that is there, by packet sockets.
+    AfPacket(AfPacketConfig),
+    /// An interface that is there, past the kernel's stack.
+    AfXdp(AfXdpConfig),
     /// A switch on the card, between functions and one other uplink.
     Switch {
         /// The name of that uplink; `None`: functions reach each other alone.
@@ -48,6 +54,26 @@ pub struct TapConfig {
     pub mtu: Option<u16>,
 }
 
+/// An interface that the card does not make.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AfPacketConfig {
+    /// The interface. 1 to 15 bytes.
+    pub interface: String,
+    /// The network namespace that it is in, one of `ip netns`. `None`: the card's own.
+    pub netns: Option<String>,
+}
+
+/// An interface that the card does not make, and some of its hardware queues.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AfXdpConfig {
+    /// The interface. 1 to 15 bytes.
+    pub interface: String,
+    /// The network namespace that it is in, one of `ip netns`. `None`: the card's own.
+    pub netns: Option<String>,
+    /// Its first so many queues; 1 to 64.
+    pub queues: u16,
+}
+
 impl UplinkBackendConfig {
     /// The type's name in the configuration.
     #[must_use]
@@ -56,6 +82,8 @@ impl UplinkBackendConfig {
             Self::Null => "null",
             Self::Loopback => "loopback",
             Self::Tap(_) => "tap",
+            Self::AfPacket(_) => "af-packet",
+            Self::AfXdp(_) => "af-xdp",
             Self::Switch { .. } => "switch",
         }
     }
@@ -63,13 +91,16 @@ impl UplinkBackendConfig {
     /// What two uplinks must not share; `None` for what nobody else can reach.
     #[must_use]
     pub fn interface(&self) -> Option<String> {
-        match self {
-            Self::Null | Self::Loopback | Self::Switch { .. } => None,
-            Self::Tap(TapConfig { name, netns: None, .. }) => Some(format!("interface {name:?}")),
-            Self::Tap(TapConfig { name, netns: Some(netns), .. }) => {
-                Some(format!("interface {name:?} of network namespace {netns:?}"))
-            }
-        }
+        let name = match self {
+            Self::Null | Self::Loopback | Self::Switch { .. } => return None,
+            Self::Tap(tap) => &tap.name,
+            Self::AfPacket(packet) => &packet.interface,
+            Self::AfXdp(xdp) => &xdp.interface,
+        };
+        Some(match self.netns() {
+            None => format!("interface {name:?}"),
+            Some(netns) => format!("interface {name:?} of network namespace {netns:?}"),
+        })
     }
 
     /// The uplink that it uses itself, if any.
@@ -77,7 +108,7 @@ impl UplinkBackendConfig {
     pub fn uplink(&self) -> Option<&str> {
         match self {
             Self::Switch { uplink } => uplink.as_deref(),
-            Self::Null | Self::Loopback | Self::Tap(_) => None,
+            _ => None,
         }
     }
 
@@ -87,6 +118,8 @@ impl UplinkBackendConfig {
         match self {
             Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(tap) => tap.netns.as_deref(),
+            Self::AfPacket(packet) => packet.netns.as_deref(),
+            Self::AfXdp(xdp) => xdp.netns.as_deref(),
         }
     }
 }
@@ -106,6 +139,17 @@ impl fmt::Display for UplinkBackendConfig {
                     write!(f, ",netns={}", doubled(netns))?;
                 }
                 mtu.map_or(Ok(()), |mtu| write!(f, ",mtu={mtu}"))
+            }
+            Self::AfPacket(AfPacketConfig { interface, netns }) => {
+                write!(f, ",interface={}", doubled(interface))?;
+                netns.as_ref().map_or(Ok(()), |netns| write!(f, ",netns={}", doubled(netns)))
+            }
+            Self::AfXdp(AfXdpConfig { interface, netns, queues }) => {
+                write!(f, ",interface={}", doubled(interface))?;
+                if let Some(netns) = netns {
+                    write!(f, ",netns={}", doubled(netns))?;
+                }
+                write!(f, ",queues={queues}")
             }
         }
     }
@@ -166,10 +210,12 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 4] = [
+const TYPES: [(&str, (&[&str], Read)); 6] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
+    ("af-packet", (&["interface", "netns"], |table, raw| af_packet(table, raw).map(UplinkBackendConfig::AfPacket))),
+    ("af-xdp", (&["interface", "netns", "queues"], |table, raw| af_xdp(table, raw).map(UplinkBackendConfig::AfXdp))),
     ("switch", (&["uplink"], switch)),
 ];
 
@@ -183,8 +229,14 @@ fn backend_config(
     let kind = table.word("type", &raw.r#type, &TYPES)?;
     let (keys, read) = table.required("type", kind, "`type = \"tap\"` or another")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 4] =
-        [("name", &raw.name), ("netns", &raw.netns), ("mtu", &raw.mtu), ("uplink", &raw.uplink)];
+    let given: [(&str, &Field); 6] = [
+        ("interface", &raw.interface),
+        ("name", &raw.name),
+        ("netns", &raw.netns),
+        ("mtu", &raw.mtu),
+        ("queues", &raw.queues),
+        ("uplink", &raw.uplink),
+    ];
     if let Some((key, field)) = given.into_iter().find(|(key, field)| field.is_some() && !keys.contains(key)) {
         let owners: Vec<&str> =
             TYPES.iter().filter(|(_, (keys, _))| keys.contains(&key)).map(|(name, _)| *name).collect();
@@ -203,13 +255,33 @@ fn switch(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<UplinkBackendConf
 }
 
 fn tap(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<TapConfig, Fault> {
-    let name = table.text("name", &raw.name)?;
-    let name = table.required("name", name, "`name = \"dray0\"`, the interface")?;
-    check_interface_name(name).map_err(|message| table.fault_at("name", &raw.name, message))?;
-    let netns = table.text("netns", &raw.netns)?;
-    if let Some(netns) = netns {
-        check_netns_name(netns).map_err(|message| table.fault_at("netns", &raw.netns, message))?;
-    }
+    let name = interface(table, "name", &raw.name, "`name = \"dray0\"`, the interface")?;
+    let netns = netns(table, raw)?;
     let mtu = table.integer("mtu", &raw.mtu, 68..=TAP_MTU_MAX)?.map(|mtu| mtu as u16);
-    Ok(TapConfig { name: name.to_owned(), netns: netns.map(str::to_owned), mtu })
+    Ok(TapConfig { name, netns, mtu })
+}
+
+fn af_packet(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<AfPacketConfig, Fault> {
+    let interface = interface(table, "interface", &raw.interface, "`interface = \"eth1\"`")?;
+    Ok(AfPacketConfig { interface, netns: netns(table, raw)? })
+}
+
+fn af_xdp(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<AfXdpConfig, Fault> {
+    let interface = interface(table, "interface", &raw.interface, "`interface = \"eth1\"`")?;
+    let netns = netns(table, raw)?;
+    let queues = table.integer("queues", &raw.queues, 1..=AF_XDP_QUEUES_MAX)?.map_or(1, |queues| queues as u16);
+    Ok(AfXdpConfig { interface, netns, queues })
+}
+
+fn interface(table: &Table<'_>, key: &str, field: &Field, example: &str) -> Result<String, Fault> {
+    let name = table.text(key, field)?;
+    let name = table.required(key, name, example)?;
+    check_interface_name(name).map_err(|message| table.fault_at(key, field, message))?;
+    Ok(name.to_owned())
+}
+
+fn netns(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<Option<String>, Fault> {
+    let Some(netns) = table.text("netns", &raw.netns)? else { return Ok(None) };
+    check_netns_name(netns).map_err(|message| table.fault_at("netns", &raw.netns, message))?;
+    Ok(Some(netns.to_owned()))
 }

@@ -204,7 +204,7 @@ pub(super) fn open_fake_network(carrier: &Arc<Carrier>) -> OpenUplink {
             UplinkBackendConfig::Null => usize::MAX,
             UplinkBackendConfig::Loopback => 1,
             UplinkBackendConfig::Switch { .. } => 2,
-            UplinkBackendConfig::Tap(_) => return Err(BackendError::Refused("the kernel has no taps".to_owned())),
+            _ => return Err(BackendError::Refused("the kernel has no taps".to_owned())),
         };
         Ok(Arc::new(FakeNetwork { carrier: Arc::clone(&carrier), functions_max }))
     })

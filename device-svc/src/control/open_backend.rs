@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
+use crate::backend::net::af_packet::{AfPacketBackend, AfPacketSettings};
+use crate::backend::net::af_xdp::{AfXdpBackend, AfXdpSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
@@ -13,7 +15,9 @@ use crate::backend::net::{NetBackend, Offloads};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
-use crate::config::{BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig};
+use crate::config::{
+    AfPacketConfig, AfXdpConfig, BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+};
 
 /// Opens the storage of `config`.
 ///
@@ -64,6 +68,14 @@ pub fn open_uplink(config: &UplinkConfig, on: Option<&dyn NetBackend>) -> Result
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
             Arc::new(TapBackend::new(settings)?)
+        }
+        UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
+            let settings = AfPacketSettings { interface: interface.clone(), netns: netns.clone() };
+            Arc::new(AfPacketBackend::new(&settings)?)
+        }
+        UplinkBackendConfig::AfXdp(AfXdpConfig { interface, netns, queues }) => {
+            let settings = AfXdpSettings { interface: interface.clone(), netns: netns.clone(), queues: *queues };
+            Arc::new(AfXdpBackend::new(&settings)?)
         }
         UplinkBackendConfig::Switch { .. } => Arc::new(SwitchBackend::new(on)?),
     };

@@ -19,8 +19,9 @@ use super::seam::Standing;
 use super::standing::LinkState;
 use crate::config::quantity::format_duration;
 use crate::config::{
-    AntiSpoofingConfig, BackendConfig, ConfigError, DeviceConfig, FunctionConfig, LimitConfig, LinkConfig, LinkKind,
-    NetChange, NetLimitConfig, Options, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+    AfPacketConfig, AfXdpConfig, AntiSpoofingConfig, BackendConfig, ConfigError, DeviceConfig, FunctionConfig,
+    LimitConfig, LinkConfig, LinkKind, NetChange, NetLimitConfig, Options, TapConfig, UplinkBackendConfig,
+    UplinkConfig, VolumeConfig,
 };
 
 /// Relative paths mean nothing to a service; clients send absolute ones.
@@ -135,6 +136,15 @@ pub fn uplink_config(settings: v1::UplinkSettings) -> Result<UplinkConfig, Confi
             ("netns", tap.netns),
             ("mtu", tap.mtu.map(|mtu| mtu.to_string())),
         ],
+        Some(Kind::AfPacket(packet)) => {
+            vec![named("af-packet"), ("interface", Some(packet.interface)), ("netns", packet.netns)]
+        }
+        Some(Kind::AfXdp(xdp)) => vec![
+            named("af-xdp"),
+            ("interface", Some(xdp.interface)),
+            ("netns", xdp.netns),
+            ("queues", xdp.queues.map(|queues| queues.to_string())),
+        ],
         Some(Kind::Switch(switch)) => vec![named("switch"), ("uplink", switch.uplink)],
     };
     options.with_pairs("backend", pairs).uplink()
@@ -150,6 +160,14 @@ pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             Kind::Tap(v1::TapUplink { name: name.clone(), netns: netns.clone(), mtu: mtu.map(u32::from) })
         }
+        UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
+            Kind::AfPacket(v1::AfPacketUplink { interface: interface.clone(), netns: netns.clone() })
+        }
+        UplinkBackendConfig::AfXdp(AfXdpConfig { interface, netns, queues }) => Kind::AfXdp(v1::AfXdpUplink {
+            interface: interface.clone(),
+            netns: netns.clone(),
+            queues: Some((*queues).into()),
+        }),
         UplinkBackendConfig::Switch { uplink } => Kind::Switch(v1::SwitchUplink { uplink: uplink.clone() }),
     };
     v1::UplinkSettings { name: config.name.clone(), backend: Some(v1::UplinkBackend { kind: Some(kind) }) }

@@ -9,16 +9,22 @@
 //! Who checks what: the device has parsed a VM's header ([`NetHeader`]) before its frame reaches a channel. A frame that a channel
 //! hands over comes from the network and is untrusted: only its length and its header have been checked.
 
+pub mod af_packet;
+#[cfg(test)]
+mod bed;
+pub mod af_xdp;
 mod carrier;
 pub mod flow;
 mod frame_ring;
 pub mod header;
 pub(crate) mod inbox;
 mod incoming;
+mod kernel_queue;
 pub mod loopback;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod packet_socket;
 pub mod switch;
 pub mod tap;
 mod watch;

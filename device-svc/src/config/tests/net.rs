@@ -131,11 +131,11 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"token-ring\" }"),
-        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"switch\"",
+        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"af-packet\" or \"af-xdp\" or \"switch\"",
     );
     refused(
         &uplink("backend = { type = \"tap\", path = \"/x\" }"),
-        "dray.toml:3:27: unknown key `path`, expected one of `type`, `name`, `netns`, `mtu`, `uplink`",
+        "dray.toml:3:27: unknown key `path`, expected one of `type`, `interface`, `name`, `netns`, `mtu`, `queues`, `uplink`",
     );
     refused(
         &uplink("backend = \"tap\""),
@@ -148,6 +148,18 @@ fn uplinks() {
     refused(
         &uplink("backend = { type = \"tap\" }"),
         "dray.toml:3:11: uplink \"u\": backend: `name` is missing; add `name = \"dray0\"`, the interface",
+    );
+    refused(
+        &uplink("backend = { type = \"af-packet\" }"),
+        "dray.toml:3:11: uplink \"u\": backend: `interface` is missing; add `interface = \"eth1\"`",
+    );
+    refused(
+        &uplink("backend = { type = \"af-packet\", interface = \"eth1\", queues = 2 }"),
+        "dray.toml:3:62: uplink \"u\": backend: `queues`: a key of type af-xdp alone; remove it",
+    );
+    refused(
+        &uplink("backend = { type = \"af-xdp\", interface = \"eth1\", queues = 65 }"),
+        "dray.toml:3:58: uplink \"u\": backend: `queues`: 65 is not a whole number from 1 to 64",
     );
     for name in ["", ".", "..", "a/b", "a b", "a:b", "dray%d", "sixteen-bytes-16"] {
         refused(
@@ -385,6 +397,13 @@ fn options_say_the_same_as_a_file() {
         UplinkBackendConfig::Switch { uplink: Some("wan".to_owned()) },
         UplinkBackendConfig::Tap(TapConfig { name: "a,b=c".to_owned(), netns: None, mtu: None }),
         UplinkBackendConfig::Tap(TapConfig { name: "d".to_owned(), netns: Some("x,y".to_owned()), mtu: Some(68) }),
+        UplinkBackendConfig::AfPacket(AfPacketConfig { interface: "a,b".to_owned(), netns: Some("x,y".to_owned()) }),
+        UplinkBackendConfig::AfXdp(AfXdpConfig {
+            interface: "e,f".to_owned(),
+            netns: Some("x,y".to_owned()),
+            queues: 3,
+        }),
+        UplinkBackendConfig::AfXdp(AfXdpConfig { interface: "e".to_owned(), netns: None, queues: 1 }),
     ] {
         let options = Options::default().with("name", Some("u"));
         let uplink = options.with_typed_table("backend", Some(&backend.to_string())).unwrap().uplink().unwrap();
