@@ -7,6 +7,7 @@ use toml::Spanned;
 use super::field::{Fault, Field, Reading, Table};
 use super::name::{check_interface_name, check_name, check_netns_name};
 use super::raw::{RawUplink, RawUplinkBackend};
+use super::tunnel::{TunnelConfig, tunnel};
 use super::volume::doubled;
 
 /// What the kernel lets a tap's MTU be: 65535 bytes with the Ethernet header.
@@ -30,6 +31,10 @@ pub enum UplinkBackendConfig {
     Loopback,
     /// A tap interface of the kernel.
     Tap(TapConfig),
+    /// A tunnel over UDP (VXLAN).
+    Vxlan(TunnelConfig),
+    /// A tunnel over UDP (Geneve).
+    Geneve(TunnelConfig),
 }
 
 /// A tap interface.
@@ -51,6 +56,8 @@ impl UplinkBackendConfig {
             Self::Null => "null",
             Self::Loopback => "loopback",
             Self::Tap(_) => "tap",
+            Self::Vxlan(_) => "vxlan",
+            Self::Geneve(_) => "geneve",
         }
     }
 
@@ -63,6 +70,7 @@ impl UplinkBackendConfig {
             Self::Tap(TapConfig { name, netns: Some(netns), .. }) => {
                 Some(format!("interface {name:?} of network namespace {netns:?}"))
             }
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => Some(format!("VNI {} of {}", tunnel.vni, tunnel.endpoint())),
         }
     }
 
@@ -72,6 +80,7 @@ impl UplinkBackendConfig {
         match self {
             Self::Null | Self::Loopback => None,
             Self::Tap(tap) => tap.netns.as_deref(),
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.netns.as_deref(),
         }
     }
 }
@@ -89,6 +98,7 @@ impl fmt::Display for UplinkBackendConfig {
                 }
                 mtu.map_or(Ok(()), |mtu| write!(f, ",mtu={mtu}"))
             }
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.fmt(f),
         }
     }
 }
@@ -109,6 +119,14 @@ impl UplinkConfig {
     pub fn check_beside(&self, other: &Self) -> Result<(), (&'static str, String)> {
         if self.name == other.name {
             return Err(("name", format!("there is already an uplink {:?}; choose another name", self.name)));
+        }
+        if let (UplinkBackendConfig::Vxlan(one), UplinkBackendConfig::Geneve(another))
+        | (UplinkBackendConfig::Geneve(one), UplinkBackendConfig::Vxlan(another)) = (&self.backend, &other.backend)
+            && one.endpoint() == another.endpoint()
+        {
+            let (endpoint, kind) = (one.endpoint(), other.backend.type_name());
+            let why = "and datagrams do not say of which type they are; choose another `port`";
+            return Err(("backend", format!("uplink {:?} of type {kind} has {endpoint} already, {why}", other.name)));
         }
         match self.backend.interface() {
             Some(interface) if other.backend.interface().as_ref() == Some(&interface) => {
@@ -134,11 +152,18 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 3] = [
+const TYPES: [(&str, (&[&str], Read)); 5] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
+    ("vxlan", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, VXLAN_PORT).map(UplinkBackendConfig::Vxlan))),
+    ("geneve", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, GENEVE_PORT).map(UplinkBackendConfig::Geneve))),
 ];
+
+const TUNNEL_KEYS: &[&str] = &["netns", "mtu", "vni", "local", "remote", "port", "learn"];
+/// Where end points listen (IANA).
+const VXLAN_PORT: u16 = 4789;
+const GENEVE_PORT: u16 = 6081;
 
 fn backend_config(
     raw: &Spanned<RawUplinkBackend>,
@@ -150,7 +175,16 @@ fn backend_config(
     let kind = table.word("type", &raw.r#type, &TYPES)?;
     let (keys, read) = table.required("type", kind, "`type = \"tap\"`, \"loopback\" or \"null\"")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 3] = [("name", &raw.name), ("netns", &raw.netns), ("mtu", &raw.mtu)];
+    let given: [(&str, &Field); 8] = [
+        ("name", &raw.name),
+        ("netns", &raw.netns),
+        ("mtu", &raw.mtu),
+        ("vni", &raw.vni),
+        ("local", &raw.local),
+        ("remote", &raw.remote),
+        ("port", &raw.port),
+        ("learn", &raw.learn),
+    ];
     if let Some((key, field)) = given.into_iter().find(|(key, field)| field.is_some() && !keys.contains(key)) {
         let owners: Vec<&str> =
             TYPES.iter().filter(|(_, (keys, _))| keys.contains(&key)).map(|(name, _)| *name).collect();

@@ -204,6 +204,7 @@ pub(super) fn open_fake_network(carrier: &Arc<Carrier>) -> OpenUplink {
             UplinkBackendConfig::Null => usize::MAX,
             UplinkBackendConfig::Loopback => 1,
             UplinkBackendConfig::Tap(_) => return Err(BackendError::Refused("the kernel has no taps".to_owned())),
+            UplinkBackendConfig::Vxlan(_) | UplinkBackendConfig::Geneve(_) => 1,
         };
         Ok(Arc::new(FakeNetwork { carrier: Arc::clone(&carrier), functions_max }))
     })

@@ -17,7 +17,9 @@ pub mod loopback;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod slab;
 pub mod tap;
+pub mod tunnel;
 mod watch;
 
 use std::os::fd::RawFd;

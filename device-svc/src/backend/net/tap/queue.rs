@@ -11,7 +11,6 @@
 #![expect(unsafe_code, reason = "hands addresses of frames to the kernel")]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,6 +19,7 @@ use io_uring::{cqueue, opcode, squeue, types};
 use zerocopy::FromBytes;
 
 use super::super::header::HEADER_BYTES;
+use super::super::slab::{PLACE_BYTES, Slab};
 use super::super::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
 };
@@ -31,11 +31,8 @@ use crate::backend::ring::Ring;
 const ENTRIES: u32 = 128;
 /// From so many frames on a burst goes through the ring.
 const RING_FRAMES: usize = 4;
-/// Bytes of a place for a frame and its header, in whole pages. A page is taken from the machine when a frame first reaches it.
-const PLACE_BYTES: usize = 68 << 10;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
-const _: () = assert!(PLACE_BYTES >= (HEADER_BYTES + FRAME_BYTES_MAX) as usize);
 
 const FILE: types::Fixed = types::Fixed(0);
 /// What an entry is, beside its number in the burst; a poll's has the descriptor's epoch above it.
@@ -44,29 +41,6 @@ const POLL_OUT: u64 = 2 << 8;
 const REMOVAL: u64 = 3 << 8;
 const KIND: u64 = 0xff << 8;
 const EPOCH_SHIFT: u32 = 16;
-
-/// Places for a burst of frames.
-struct Slab(NonNull<[u8]>);
-
-impl Slab {
-    fn new() -> Self {
-        Self(NonNull::from(Box::leak(vec![0u8; BURST * PLACE_BYTES].into_boxed_slice())))
-    }
-
-    #[inline]
-    fn place(&self, number: usize) -> *mut u8 {
-        debug_assert!(number < BURST);
-        // SAFETY: there are `BURST` places.
-        unsafe { self.0.cast::<u8>().as_ptr().add(number * PLACE_BYTES) }
-    }
-}
-
-impl Drop for Slab {
-    fn drop(&mut self) {
-        // SAFETY: it was a box, and no frame of it is handed over any more: those end with the channel.
-        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
-    }
-}
 
 /// One queue.
 pub(super) struct TapQueue {
