@@ -113,11 +113,11 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"token-ring\" }"),
-        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\"",
+        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"vxlan\" or \"geneve\"",
     );
     refused(
         &uplink("backend = { type = \"tap\", path = \"/x\" }"),
-        "dray.toml:3:27: unknown key `path`, expected one of `type`, `name`, `netns`, `mtu`",
+        "dray.toml:3:27: unknown key `path`, expected one of `type`, `name`, `netns`, `mtu`, `vni`, `local`, `remote`, `port`, `learn`",
     );
     refused(
         &uplink("backend = \"tap\""),
@@ -125,7 +125,7 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"loopback\", mtu = 1500 }"),
-        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap alone; remove it",
+        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap and vxlan and geneve alone; remove it",
     );
     refused(
         &uplink("backend = { type = \"tap\" }"),

@@ -317,7 +317,8 @@ impl TunnelChannel {
                     done += went;
                 }
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => {
+                // What a raw socket says of a full buffer, and what others say.
+                Err(Errno::ENOBUFS | Errno::EAGAIN) => {
                     self.copies.drain(..done);
                     return false;
                 }
@@ -337,7 +338,9 @@ fn copy_head<'a>(frame: &Outgoing, head: &'a mut [u8; HEAD_BYTES]) -> &'a [u8] {
     for range in frame.segments.as_slice() {
         let bytes = range.iov_len.min(HEAD_BYTES - filled);
         // SAFETY: the ranges of a frame that a channel is given are readable while `transmit` runs, and are not our own memory.
-        unsafe { std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), head[filled..].as_mut_ptr(), bytes) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), head[filled..].as_mut_ptr(), bytes)
+        };
         filled += bytes;
         if filled == HEAD_BYTES {
             break;

@@ -123,6 +123,8 @@ impl Network {
                 let opened = namespace.run(|| socket::open_next_receiver(local, port))?;
                 let socket = opened.map_err(|errno| explain(&self.endpoint.describe(), local, errno))?;
                 group.members.push(Member { socket: Arc::new(socket), vni: self.vni, in_use: false, enabled: false });
+                // Without a program the kernel would choose by itself.
+                self.endpoint.steer(&group).map_err(|errno| explain(&self.endpoint.describe(), local, errno))?;
                 group.members.len() - 1
             }
         };
@@ -173,6 +175,9 @@ impl Receiver {
     pub(super) fn enable(&self, enabled: bool) {
         let endpoint = &self.network.endpoint;
         let mut group = endpoint.group();
+        if enabled {
+            socket::drain(&self.socket);
+        }
         group.members[self.number].enabled = enabled;
         if let Err(errno) = endpoint.steer(&group) {
             tracing::error!("{}: the kernel cannot be told who takes which datagrams: {errno}", endpoint.describe());

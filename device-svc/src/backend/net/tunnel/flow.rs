@@ -45,7 +45,7 @@ fn ports(head: &[u8], at: usize, protocol: u8) -> Option<u64> {
 
 #[inline]
 const fn mix(state: u64, word: u64) -> u64 {
-    let product = (state ^ word) as u128 * 0x9e37_79b9_7f4a_7c15_f39d;
+    let product = (state ^ word) as u128 * 0x9e37_79b9_7f4a_7c15;
     (product >> 64) as u64 ^ product as u64
 }
 

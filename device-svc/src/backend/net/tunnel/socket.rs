@@ -19,15 +19,16 @@ use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, SockaddrLike, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrLike, SockaddrStorage, bind, connect, setsockopt, socket,
+    sockopt,
 };
 
 use super::outer::OuterAddress;
 use super::steering;
 
-/// Bytes that may wait to be sent and to be received, of the kernel's accounting: a burst of the longest frames, and what comes while
-/// a reactor does something else.
-const SEND_BUFFER_BYTES: usize = 2 << 20;
+/// Bytes that may wait to be sent and to be received, before the kernel doubles them for its own account (and takes that twice for what
+/// is sent raw): a burst of the longest frames, and what comes while a reactor does something else.
+const SEND_BUFFER_BYTES: usize = 512 << 10;
 const RECEIVE_BUFFER_BYTES: usize = 2 << 20;
 /// Where the checksum is in UDP's header.
 const CHECKSUM_AT: libc::c_int = 6;
@@ -170,7 +171,9 @@ pub(super) fn path_mtu(local: OuterAddress, remote: OuterAddress) -> Result<u32,
     let mut mtu: libc::c_int = 0;
     let mut bytes = size_of_val(&mtu) as libc::socklen_t;
     // SAFETY: the option writes an `int`.
-    Errno::result(unsafe { libc::getsockopt(probe.as_raw_fd(), level, option, (&raw mut mtu).cast(), &raw mut bytes) })?;
+    Errno::result(unsafe {
+        libc::getsockopt(probe.as_raw_fd(), level, option, (&raw mut mtu).cast(), &raw mut bytes)
+    })?;
     Ok(u32::try_from(mtu).unwrap_or(0))
 }
 
@@ -182,10 +185,8 @@ pub(super) fn path_mtu(local: OuterAddress, remote: OuterAddress) -> Result<u32,
 pub(super) unsafe fn send_messages(sender: &OwnedFd, messages: &mut [libc::mmsghdr]) -> Result<usize, Errno> {
     let count = messages.len() as libc::c_uint;
     // SAFETY: the list is as long as said; the rest is the caller's promise.
-    Errno::result(unsafe {
-        libc::sendmmsg(sender.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT)
-    })
-    .map(|count| count as usize)
+    Errno::result(unsafe { libc::sendmmsg(sender.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT) })
+        .map(|count| count as usize)
 }
 
 /// Takes what has come. Returns how many messages were filled; an error is the first one's.
@@ -197,13 +198,7 @@ pub(super) unsafe fn receive_messages(receiver: &OwnedFd, messages: &mut [libc::
     let count = messages.len() as libc::c_uint;
     // SAFETY: the list is as long as said; the rest is the caller's promise.
     Errno::result(unsafe {
-        libc::recvmmsg(
-            receiver.as_raw_fd(),
-            messages.as_mut_ptr(),
-            count,
-            libc::MSG_DONTWAIT,
-            std::ptr::null_mut(),
-        )
+        libc::recvmmsg(receiver.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT, std::ptr::null_mut())
     })
     .map(|count| count as usize)
 }

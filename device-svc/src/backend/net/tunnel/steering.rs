@@ -45,8 +45,7 @@ pub(super) fn program(wanted: impl IntoIterator<Item = Wanted>, ip_header_bytes:
         networks.entry(vni).or_default().push(place);
     }
     // A datagram too short to load from ends the program with 0: nobody.
-    let mut program =
-        vec![instruction(LOAD_WORD, 0, 0, VNI_AT as u32), instruction(SHIFT_RIGHT, 0, 0, 8)];
+    let mut program = vec![instruction(LOAD_WORD, 0, 0, VNI_AT as u32), instruction(SHIFT_RIGHT, 0, 0, 8)];
     for (vni, mut places) in networks {
         places.truncate(CHANNELS_MAX.into());
         let choice = choice(&places, ip_header_bytes);
