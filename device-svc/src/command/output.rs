@@ -255,6 +255,8 @@ pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
             let value = json!({ "type": "tap", "name": tap.name, "netns": tap.netns, "mtu": tap.mtu });
             (format!("tap,name={}{netns}{mtu}", tap.name), without_nulls(value))
         }
+        Some(Kind::Vxlan(tunnel)) => self::tunnel("vxlan", tunnel),
+        Some(Kind::Geneve(tunnel)) => self::tunnel("geneve", tunnel),
         Some(Kind::AfPacket(packet)) => {
             let netns = packet.netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
             let value = json!({ "type": "af-packet", "interface": packet.interface, "netns": packet.netns });
@@ -272,6 +274,26 @@ pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
             (format!("switch{on}"), without_nulls(json!({ "type": "switch", "uplink": uplink })))
         }
     }
+}
+
+fn tunnel(kind: &str, tunnel: &v1::TunnelUplink) -> (String, Value) {
+    let v1::TunnelUplink { vni, local, remote, mtu, port, netns, learn } = tunnel;
+    let mut text = format!("{kind},vni={},local={local}", vni.unwrap_or_default());
+    let number = |key: &str, value: &Option<u32>| value.map(|value| format!(",{key}={value}")).unwrap_or_default();
+    if !remote.is_empty() {
+        // A comma within a value, as options write it.
+        text += &format!(",remote={}", remote.join(",,"));
+    }
+    text += &number("mtu", mtu);
+    text += &number("port", port);
+    text += &netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
+    if !learn.is_empty() {
+        text += &format!(",learn={learn}");
+    }
+    let value = json!({
+        "type": kind, "vni": vni, "local": local, "remote": remote, "mtu": mtu, "port": port, "netns": netns, "learn": learn,
+    });
+    (text, without_nulls(value))
 }
 
 /// How many functions an uplink serves; `None` where nothing limits that.
@@ -388,8 +410,8 @@ pub(crate) fn function_text(function: &v1::Function) -> String {
 /// What a VM may say it is, as an option takes it.
 fn anti_spoofing_text(config: Option<v1::AntiSpoofing>) -> String {
     let Some(v1::AntiSpoofing { mac, vlans, addresses }) = config else { return "none".to_owned() };
-    let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join("+"));
-    let addresses = addresses.map(|list| list.addresses.join("+"));
+    let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join(",,"));
+    let addresses = addresses.map(|list| list.addresses.join(",,"));
     let given =
         [("vlan", vlans), ("ip", addresses)].into_iter().filter_map(|(key, list)| Some(format!(",{key}={}", list?)));
     format!("mac={mac}{}", given.collect::<String>())

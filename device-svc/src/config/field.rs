@@ -120,7 +120,7 @@ impl Table<'_> {
         }
     }
 
-    /// A list, each item of which `parse` reads as text; options write `+` between them.
+    /// A list, each item of which `parse` reads as text; options write commas between them.
     pub(super) fn list<T>(
         &self,
         key: &str,
@@ -137,7 +137,7 @@ impl Table<'_> {
                 })
                 .collect(),
             Some(Value::String(text)) if self.reading.from_options => {
-                text.split('+').filter(|item| !item.is_empty()).map(str::to_owned).collect()
+                text.split(',').filter(|item| !item.is_empty()).map(str::to_owned).collect()
             }
             Some(other) => {
                 return Err(self.fault_at(key, field, format_args!("{other} is not a list; write it in brackets")));

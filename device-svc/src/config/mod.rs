@@ -23,6 +23,7 @@ pub mod quantity;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod uplink;
 mod volume;
 
@@ -41,6 +42,7 @@ pub use link::{LinkConfig, LinkKind, NotifyConfig, PayloadConfig, SocketMode};
 pub use mac::MacAddress;
 pub use net::{MTU_DEFAULT, NetChange, NetConfig};
 pub use options::Options;
+pub use tunnel::{LearnConfig, TunnelConfig};
 pub use uplink::{AfPacketConfig, AfXdpConfig, TapConfig, UplinkBackendConfig, UplinkConfig};
 pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
 

@@ -81,6 +81,11 @@ pub(super) struct RawUplinkBackend {
     pub(super) name: Field,
     pub(super) netns: Field,
     pub(super) mtu: Field,
+    pub(super) vni: Field,
+    pub(super) local: Field,
+    pub(super) remote: Field,
+    pub(super) port: Field,
+    pub(super) learn: Field,
     pub(super) queues: Field,
     pub(super) uplink: Field,
 }

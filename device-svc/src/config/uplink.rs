@@ -7,6 +7,7 @@ use toml::Spanned;
 use super::field::{Fault, Field, Reading, Table};
 use super::name::{check_interface_name, check_name, check_netns_name};
 use super::raw::{RawUplink, RawUplinkBackend};
+use super::tunnel::{TunnelConfig, tunnel};
 use super::volume::doubled;
 
 /// What the kernel lets a tap's MTU be: 65535 bytes with the Ethernet header.
@@ -32,6 +33,10 @@ pub enum UplinkBackendConfig {
     Loopback,
     /// A tap interface of the kernel.
     Tap(TapConfig),
+    /// A tunnel over UDP (VXLAN).
+    Vxlan(TunnelConfig),
+    /// A tunnel over UDP (Geneve).
+    Geneve(TunnelConfig),
     /// An interface that is there, by packet sockets.
     AfPacket(AfPacketConfig),
     /// An interface that is there, past the kernel's stack.
@@ -82,6 +87,8 @@ impl UplinkBackendConfig {
             Self::Null => "null",
             Self::Loopback => "loopback",
             Self::Tap(_) => "tap",
+            Self::Vxlan(_) => "vxlan",
+            Self::Geneve(_) => "geneve",
             Self::AfPacket(_) => "af-packet",
             Self::AfXdp(_) => "af-xdp",
             Self::Switch { .. } => "switch",
@@ -96,6 +103,9 @@ impl UplinkBackendConfig {
             Self::Tap(tap) => &tap.name,
             Self::AfPacket(packet) => &packet.interface,
             Self::AfXdp(xdp) => &xdp.interface,
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => {
+                return Some(format!("VNI {} of {}", tunnel.vni, tunnel.endpoint()));
+            }
         };
         Some(match self.netns() {
             None => format!("interface {name:?}"),
@@ -118,6 +128,7 @@ impl UplinkBackendConfig {
         match self {
             Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(tap) => tap.netns.as_deref(),
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.netns.as_deref(),
             Self::AfPacket(packet) => packet.netns.as_deref(),
             Self::AfXdp(xdp) => xdp.netns.as_deref(),
         }
@@ -140,6 +151,7 @@ impl fmt::Display for UplinkBackendConfig {
                 }
                 mtu.map_or(Ok(()), |mtu| write!(f, ",mtu={mtu}"))
             }
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.fmt(f),
             Self::AfPacket(AfPacketConfig { interface, netns }) => {
                 write!(f, ",interface={}", doubled(interface))?;
                 netns.as_ref().map_or(Ok(()), |netns| write!(f, ",netns={}", doubled(netns)))
@@ -186,6 +198,14 @@ impl UplinkConfig {
         if self.name == other.name {
             return Err(("name", format!("there is already an uplink {:?}; choose another name", self.name)));
         }
+        if let (UplinkBackendConfig::Vxlan(one), UplinkBackendConfig::Geneve(another))
+        | (UplinkBackendConfig::Geneve(one), UplinkBackendConfig::Vxlan(another)) = (&self.backend, &other.backend)
+            && one.endpoint() == another.endpoint()
+        {
+            let (endpoint, kind) = (one.endpoint(), other.backend.type_name());
+            let why = "and datagrams do not say of which type they are; choose another `port`";
+            return Err(("backend", format!("uplink {:?} of type {kind} has {endpoint} already, {why}", other.name)));
+        }
         match self.backend.interface() {
             Some(interface) if other.backend.interface().as_ref() == Some(&interface) => {
                 Err(("backend", format!("uplink {:?} has {interface} already; choose another", other.name)))
@@ -210,14 +230,21 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 6] = [
+const TYPES: [(&str, (&[&str], Read)); 8] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
     ("af-packet", (&["interface", "netns"], |table, raw| af_packet(table, raw).map(UplinkBackendConfig::AfPacket))),
     ("af-xdp", (&["interface", "netns", "queues"], |table, raw| af_xdp(table, raw).map(UplinkBackendConfig::AfXdp))),
+    ("vxlan", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, VXLAN_PORT).map(UplinkBackendConfig::Vxlan))),
+    ("geneve", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, GENEVE_PORT).map(UplinkBackendConfig::Geneve))),
     ("switch", (&["uplink"], switch)),
 ];
+
+const TUNNEL_KEYS: &[&str] = &["netns", "mtu", "vni", "local", "remote", "port", "learn"];
+/// Where end points listen (IANA).
+const VXLAN_PORT: u16 = 4789;
+const GENEVE_PORT: u16 = 6081;
 
 fn backend_config(
     raw: &Spanned<RawUplinkBackend>,
@@ -229,11 +256,16 @@ fn backend_config(
     let kind = table.word("type", &raw.r#type, &TYPES)?;
     let (keys, read) = table.required("type", kind, "`type = \"tap\"` or another")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 6] = [
+    let given: [(&str, &Field); 11] = [
         ("interface", &raw.interface),
         ("name", &raw.name),
         ("netns", &raw.netns),
         ("mtu", &raw.mtu),
+        ("vni", &raw.vni),
+        ("local", &raw.local),
+        ("remote", &raw.remote),
+        ("port", &raw.port),
+        ("learn", &raw.learn),
         ("queues", &raw.queues),
         ("uplink", &raw.uplink),
     ];

@@ -203,6 +203,7 @@ pub(super) fn open_fake_network(carrier: &Arc<Carrier>) -> OpenUplink {
         let functions_max = match &config.backend {
             UplinkBackendConfig::Null => usize::MAX,
             UplinkBackendConfig::Loopback => 1,
+            UplinkBackendConfig::Vxlan(_) | UplinkBackendConfig::Geneve(_) => 1,
             UplinkBackendConfig::Switch { .. } => 2,
             _ => return Err(BackendError::Refused("the kernel has no taps".to_owned())),
         };

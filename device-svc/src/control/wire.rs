@@ -20,8 +20,8 @@ use super::standing::LinkState;
 use crate::config::quantity::format_duration;
 use crate::config::{
     AfPacketConfig, AfXdpConfig, AntiSpoofingConfig, BackendConfig, ConfigError, DeviceConfig, FunctionConfig,
-    LimitConfig, LinkConfig, LinkKind, NetChange, NetLimitConfig, Options, TapConfig, UplinkBackendConfig,
-    UplinkConfig, VolumeConfig,
+    LimitConfig, LinkConfig, LinkKind, NetChange, NetLimitConfig, Options, TapConfig, TunnelConfig,
+    UplinkBackendConfig, UplinkConfig, VolumeConfig,
 };
 
 /// Relative paths mean nothing to a service; clients send absolute ones.
@@ -136,6 +136,8 @@ pub fn uplink_config(settings: v1::UplinkSettings) -> Result<UplinkConfig, Confi
             ("netns", tap.netns),
             ("mtu", tap.mtu.map(|mtu| mtu.to_string())),
         ],
+        Some(Kind::Vxlan(tunnel)) => tunnel_pairs("vxlan", tunnel),
+        Some(Kind::Geneve(tunnel)) => tunnel_pairs("geneve", tunnel),
         Some(Kind::AfPacket(packet)) => {
             vec![named("af-packet"), ("interface", Some(packet.interface)), ("netns", packet.netns)]
         }
@@ -160,6 +162,8 @@ pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             Kind::Tap(v1::TapUplink { name: name.clone(), netns: netns.clone(), mtu: mtu.map(u32::from) })
         }
+        UplinkBackendConfig::Vxlan(tunnel) => Kind::Vxlan(tunnel_settings(tunnel)),
+        UplinkBackendConfig::Geneve(tunnel) => Kind::Geneve(tunnel_settings(tunnel)),
         UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
             Kind::AfPacket(v1::AfPacketUplink { interface: interface.clone(), netns: netns.clone() })
         }
@@ -171,6 +175,32 @@ pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
         UplinkBackendConfig::Switch { uplink } => Kind::Switch(v1::SwitchUplink { uplink: uplink.clone() }),
     };
     v1::UplinkSettings { name: config.name.clone(), backend: Some(v1::UplinkBackend { kind: Some(kind) }) }
+}
+
+fn tunnel_pairs(kind: &str, tunnel: v1::TunnelUplink) -> Vec<(&'static str, Option<String>)> {
+    let text = |number: Option<u32>| number.map(|number| number.to_string());
+    vec![
+        ("type", Some(kind.to_owned())),
+        ("vni", text(tunnel.vni)),
+        ("local", given(&tunnel.local).map(str::to_owned)),
+        ("remote", (!tunnel.remote.is_empty()).then(|| tunnel.remote.join(","))),
+        ("mtu", text(tunnel.mtu)),
+        ("port", text(tunnel.port)),
+        ("netns", tunnel.netns),
+        ("learn", given(&tunnel.learn).map(str::to_owned)),
+    ]
+}
+
+fn tunnel_settings(tunnel: &TunnelConfig) -> v1::TunnelUplink {
+    v1::TunnelUplink {
+        vni: Some(tunnel.vni),
+        local: tunnel.local.to_string(),
+        remote: tunnel.remotes.iter().map(ToString::to_string).collect(),
+        mtu: tunnel.mtu.map(u32::from),
+        port: Some(tunnel.port.into()),
+        netns: tunnel.netns.clone(),
+        learn: tunnel.learn.name().to_owned(),
+    }
 }
 
 /// Reads a function's settings.
@@ -211,8 +241,8 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
         options = options.with_pairs("limit", limit_pairs(&limit));
     }
     if let Some(v1::AntiSpoofing { mac, vlans, addresses }) = settings.anti_spoofing {
-        let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join("+"));
-        let addresses = addresses.map(|list| list.addresses.join("+"));
+        let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+        let addresses = addresses.map(|list| list.addresses.join(","));
         let pairs = [("mac", Some(mac.to_string())), ("vlan", vlans), ("ip", addresses)];
         options = options.with_pairs("anti-spoofing", pairs);
     }

@@ -24,9 +24,11 @@ pub mod loopback;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod slab;
 mod packet_socket;
 pub mod switch;
 pub mod tap;
+pub mod tunnel;
 mod watch;
 
 use std::os::fd::RawFd;

@@ -131,11 +131,11 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"token-ring\" }"),
-        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"af-packet\" or \"af-xdp\" or \"switch\"",
+        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"af-packet\" or \"af-xdp\" or \"vxlan\" or \"geneve\" or \"switch\"",
     );
     refused(
         &uplink("backend = { type = \"tap\", path = \"/x\" }"),
-        "dray.toml:3:27: unknown key `path`, expected one of `type`, `interface`, `name`, `netns`, `mtu`, `queues`, `uplink`",
+        "dray.toml:3:27: unknown key `path`, expected one of `type`, `interface`, `name`, `netns`, `mtu`, `vni`, `local`, `remote`, `port`, `learn`, `queues`, `uplink`",
     );
     refused(
         &uplink("backend = \"tap\""),
@@ -143,7 +143,7 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"loopback\", mtu = 1500 }"),
-        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap alone; remove it",
+        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap and vxlan and geneve alone; remove it",
     );
     refused(
         &uplink("backend = { type = \"tap\" }"),
@@ -415,7 +415,7 @@ fn options_say_the_same_as_a_file() {
         .with("uplink", Some("u"))
         .with("mtu", Some("9000"))
         .with("queue-pairs", Some("3"))
-        .with_table("anti-spoofing", Some("vlan=20+30,ip=10.0.0.5+fd00::5"))
+        .with_table("anti-spoofing", Some("vlan=20,,30,ip=10.0.0.5,,fd00::5"))
         .unwrap()
         .with_limit(Some("transmit-packets=7"))
         .unwrap()
