@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use nix::errno::Errno;
 
 use self::share::{Share, filter};
-use super::kernel_queue::{KernelQueue, Port, Reads};
+use super::kernel_queue::{KernelQueue, Kind, Port};
 use super::namespace::{InterfaceName, Namespace};
 use super::offload::SoftwareOffloadChannel;
 use super::packet_socket as socket;
@@ -131,7 +131,7 @@ impl NetBackend for AfPacketBackend {
         let open = || socket::open_channel(index, &filter(Share::Nothing));
         let file = namespace.run(open)?.map_err(|errno| explain(&device.name, namespace, errno))?;
         let port: Arc<dyn Port> = Arc::<Device>::clone(device);
-        let queue = KernelQueue::new(port, file, Reads::Messages, "an af-packet uplink")?;
+        let queue = KernelQueue::new(port, file, Kind::Socket)?;
         state.members.retain(|member| member.file.strong_count() > 0);
         state.members.push(Member { file: Arc::downgrade(queue.file()), attached: false });
         // What the kernel cannot do is done before a frame reaches it, whatever functions were promised.

@@ -10,8 +10,10 @@
 //! What was read lies in memory of ours, one place for each frame of a burst, and the next burst is read when all of it is done with.
 //! The header is the short one, without the count of buffers, which means nothing here: every kernel has it for both.
 //!
-//! A tap hands a VLAN tag over in the frame, a packet socket beside it (`PACKET_AUXDATA`): there the read is a message with a control
-//! part, and the tag is put back before the frame is handed over.
+//! A packet socket differs in two things. It hands over a VLAN tag beside the frame (`PACKET_AUXDATA`), so there the read is a message
+//! with a control part, and the tag is put back before the frame is handed over. And its room for what is sent is given back by the
+//! driver while a burst is under way, so that a frame may find none and the next one some: there a burst goes by `sendmmsg`, which
+//! stops at the first that finds none.
 #![expect(unsafe_code, reason = "hands addresses of frames to the kernel")]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -95,13 +97,13 @@ impl Slot {
     }
 }
 
-/// How frames are read.
+/// What kind of descriptor it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Reads {
-    /// As they are.
-    Whole,
-    /// As messages of a packet socket, which have VLAN tags beside them.
-    Messages,
+pub(super) enum Kind {
+    /// A queue of a tap.
+    Tap,
+    /// A packet socket.
+    Socket,
 }
 
 /// What the kernel says beside a frame: `struct cmsghdr` with `struct tpacket_auxdata`.
@@ -178,8 +180,10 @@ pub(super) struct KernelQueue {
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
     slab: Slab,
-    /// Not empty where frames are read as messages.
+    /// Reads of a burst of a socket; a tap has none.
     messages: Box<[Message]>,
+    /// What a socket sends in one burst; a tap has none.
+    sends: Box<[libc::mmsghdr]>,
     /// What was read, and how much of that is done with.
     frames: Vec<Incoming>,
     released: usize,
@@ -196,11 +200,16 @@ pub(super) struct KernelQueue {
 unsafe impl Send for KernelQueue {}
 
 impl KernelQueue {
-    /// A queue of `port` on a descriptor that does not block and is not attached. `user` is what needs a ring, for people: "a tap".
-    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, reads: Reads, user: &str) -> Result<Self, BackendError> {
+    /// A queue of `port` on a descriptor that does not block and is not attached.
+    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind) -> Result<Self, BackendError> {
+        let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
         let ring = Ring::new(file.as_fd(), ENTRIES, user)?;
         let slab = Slab::new();
-        let messages = if reads == Reads::Messages { messages(&slab) } else { Box::default() };
+        let (messages, sends) = match kind {
+            Kind::Tap => Default::default(),
+            // SAFETY: a message's header is plain data.
+            Kind::Socket => (messages(&slab), vec![unsafe { std::mem::zeroed() }; BURST].into()),
+        };
         let nowait = if knows_nowait(&file) { libc::RWF_NOWAIT } else { 0 };
         let slot = Slot { epoch: AtomicU32::new(0), fresh: Mutex::new(None), wake: ring.wake() };
         Ok(Self {
@@ -217,6 +226,7 @@ impl KernelQueue {
             waits_for_room: false,
             slab,
             messages,
+            sends,
             frames: Vec::with_capacity(BURST),
             released: 0,
             burst: 1,
@@ -472,8 +482,40 @@ impl KernelQueue {
         starts
     }
 
+    /// Sends a burst by a socket: a frame that the kernel refuses is passed over, one that finds no room is the last one tried.
+    #[inline]
+    fn send(&mut self, count: usize, starts: &[usize; BURST + 1]) {
+        for number in 0..count {
+            let ranges = &mut self.ranges[starts[number]..starts[number + 1]];
+            self.sends[number].msg_hdr.msg_iov = ranges.as_mut_ptr();
+            self.sends[number].msg_hdr.msg_iovlen = ranges.len();
+        }
+        let mut done = 0;
+        while done < count {
+            let rest = &mut self.sends[done..count];
+            let (list, length) = (rest.as_mut_ptr(), rest.len() as libc::c_uint);
+            // SAFETY: the list, its lists and the headers are ours, and the frames' memory is readable while `transmit` runs.
+            let sent = unsafe { libc::sendmmsg(self.file.as_raw_fd(), list, length, libc::MSG_DONTWAIT) };
+            if let Some(sent @ 1..) = usize::try_from(sent).ok() {
+                self.results[done..done + sent].fill(0);
+                done += sent;
+                continue;
+            }
+            let result = -Errno::last_raw();
+            if is_full(result) {
+                self.results[done..count].fill(result);
+                return;
+            }
+            self.results[done] = result;
+            done += 1;
+        }
+    }
+
     #[inline]
     fn write(&mut self, count: usize, starts: &[usize; BURST + 1]) {
+        if !self.sends.is_empty() {
+            return self.send(count, starts);
+        }
         for number in 0..count {
             let list = self.ranges[starts[number]..starts[number + 1]].as_ptr();
             let length = starts[number + 1] - starts[number];
@@ -497,10 +539,14 @@ impl KernelQueue {
     #[inline]
     fn tally(&self, count: usize) -> Sent {
         let results = &self.results[..count];
-        let is_full = |result: &i32| matches!(-*result, libc::EAGAIN | libc::EINTR);
-        let taken = results.iter().rposition(|result| !is_full(result)).map_or(0, |last| last + 1);
+        let taken = results.iter().rposition(|result| !is_full(*result)).map_or(0, |last| last + 1);
         Sent { taken, lost: results[..taken].iter().filter(|result| **result < 0).count() }
     }
+}
+
+/// Whether a frame found no room.
+const fn is_full(result: i32) -> bool {
+    matches!(-result, libc::EAGAIN | libc::EINTR)
 }
 
 /// A header that speaks of a frame without its VLAN tag, made to speak of the frame with it.

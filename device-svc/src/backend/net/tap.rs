@@ -20,7 +20,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use self::device::QueueFile;
-use super::kernel_queue::{KernelQueue, Port, Reads, Slot};
+use super::kernel_queue::{KernelQueue, Kind, Port, Slot};
 use super::namespace::{InterfaceName, Namespace};
 use super::watch::{LOOK_AGAIN, Watch, Watched};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads};
@@ -111,7 +111,7 @@ impl NetBackend for TapBackend {
         let namespace = device.namespace();
         let QueueFile { file, .. } = namespace.run(|| device::open_queue(namespace, &device.name))??;
         let port: Arc<dyn Port> = Arc::<Device>::clone(device);
-        let queue = KernelQueue::new(port, file, Reads::Whole, "a tap")?;
+        let queue = KernelQueue::new(port, file, Kind::Tap)?;
         state.slots.push(Arc::downgrade(queue.slot()));
         Ok(Box::new(queue))
     }

@@ -159,7 +159,7 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"af-xdp\", interface = \"eth1\", queues = 65 }"),
-        "dray.toml:3:58: uplink \"u\": backend: `queues`: 65 is not a whole number from 1 to 64",
+        "dray.toml:3:59: uplink \"u\": backend: `queues`: 65 is not a whole number from 1 to 64",
     );
     for name in ["", ".", "..", "a/b", "a b", "a:b", "dray%d", "sixteen-bytes-16"] {
         refused(

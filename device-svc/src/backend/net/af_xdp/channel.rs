@@ -124,7 +124,8 @@ impl XdpChannel {
         match self.device.program.set(self.queue, fd) {
             Ok(()) => {}
             // Its interface was deleted: whoever watches that brings a new socket.
-            Err(errno) => tracing::debug!("{}: queue {} stays as it was: {errno}", self.device, self.queue),
+            Err(errno) if attached => tracing::debug!("{}: queue {} gets no frames: {errno}", self.device, self.queue),
+            Err(errno) => tracing::warn!("{}: queue {} keeps its frames: {errno}", self.device, self.queue),
         }
         if !attached {
             self.throw_away();

@@ -154,12 +154,12 @@ impl Program {
             value: u64,
             flags: u64,
         }
-        let value = socket.unwrap_or(-1);
         let element = Element {
             map: self.map.as_raw_fd() as u32,
             padding: 0,
             key: (&raw const queue).addr() as u64,
-            value: (&raw const value).addr() as u64,
+            // What a command has no use for must be 0.
+            value: socket.as_ref().map_or(0, |socket| std::ptr::from_ref(socket).addr() as u64),
             flags: 0,
         };
         let command = if socket.is_some() { MAP_UPDATE_ELEM } else { MAP_DELETE_ELEM };

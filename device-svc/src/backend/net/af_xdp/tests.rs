@@ -161,7 +161,6 @@ fn a_channel_that_is_not_enabled_leaves_frames_to_the_stack() {
         let mut seen = Vec::new();
         until(|| {
             seen.extend(received(&stack).iter().map(|frame| number(frame)));
-            eprintln!("seen {seen:?} of {wanted:?}");
             seen.len() >= wanted.len()
         });
         assert_eq!(seen, wanted);
