@@ -149,14 +149,12 @@ fn a_driver_says_which_pair_takes_a_flow() {
          link = {{ type = \"vfio-user\", socket = \"@/f.sock\" }}\n",
         namespace.name()
     );
-    let card =
-        Card::start(&CardSettings { parts, count: "2".to_owned(), log: "debug".to_owned(), ..CardSettings::default() });
+    let card = Card::start(&CardSettings { parts, count: "2".to_owned(), ..CardSettings::default() });
     namespace.address("dray0", &format!("{OWN}/24"));
     let _server = IperfServer::start(&namespace);
     let job = format!(
         "ethtool -L eth0 combined 2
         ethtool -x eth0
-        uname -r
         for weights in '0 1' '1 0'; do
             ethtool -X eth0 weight $weights
             iperf3 --json -P 4 -n 4M --reverse --client {OWN} >/dev/null
