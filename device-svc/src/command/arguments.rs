@@ -25,7 +25,7 @@ const NETS: &str = "Options of type net";
 ///
 /// device-svc runs on the card. It shows block devices and network interfaces to virtual machines (over vhost-user or vfio-user
 /// sockets), polls their virtqueues, and forwards every request to a volume's storage (an NBD server, a file or block device, or
-/// memory) and every frame to an uplink's network (a tap interface).
+/// memory) and every frame to an uplink's network (a tap, or an interface of the card's).
 ///
 /// `device-svc serve` runs the card; the other commands ask a card that runs, over its control socket.
 #[derive(Parser, Debug)]
@@ -335,15 +335,18 @@ pub(crate) enum UplinkCommand {
 #[command(after_long_help = "Examples:
   device-svc uplink create --name wan --backend tap,name=dray0
   device-svc uplink create --name blue --backend tap,name=dray0,netns=blue,mtu=9000
+  device-svc uplink create --name wire --backend af-packet,interface=eth1
+  device-svc uplink create --name fast --backend af-xdp,interface=eth1,queues=2
   device-svc uplink create --name bench --backend loopback
 
-A tap interface that is not there is made; the network namespace must be there (`ip netns add blue`).")]
+A tap interface that is not there is made; any other interface, and the network namespace, must be there (`ip netns add blue`).
+af-packet leaves the interface to the card's stack as well; af-xdp has all that comes by the queues that a VM uses.")]
 pub(crate) struct UplinkCreate {
     /// Its name on this card
     #[arg(long)]
     pub(crate) name: String,
-    /// The network behind it: tap,name=INTERFACE[,netns=NAME][,mtu=BYTES] | loopback (what is sent comes back) | null (what is
-    /// sent is dropped)
+    /// The network behind it: tap,name=INTERFACE[,netns=NAME][,mtu=BYTES] | af-packet,interface=INTERFACE[,netns=NAME] |
+    /// af-xdp,interface=INTERFACE[,netns=NAME][,queues=NUMBER] | loopback (what is sent comes back) | null (what is sent is dropped)
     #[arg(long, value_name = "TYPE,KEY=VALUE,…")]
     pub(crate) backend: String,
     #[command(flatten)]
