@@ -233,6 +233,7 @@ fn an_interface_that_is_taken_down_or_deleted_comes_back() {
         }
         bed.ip(&["link", "set", interface, "up"]);
         until(|| carrier.is_up());
+        bed.settle();
         assert_eq!(transmit(&mut *channel, &plain(10..18, 60)), all_sent(8));
         let mut seen = Vec::new();
         until(|| {

@@ -261,6 +261,7 @@ fn an_interface_that_is_taken_down_or_deleted_comes_back() {
         assert_eq!(transmit(&mut *channel, &plain(0..8, 60)), Sent { taken: 8, lost: 8 });
         bed.ip(&["link", "set", interface, "up"]);
         until(|| carrier.is_up());
+        bed.settle();
         drop(received(&packets));
         assert_eq!(transmit(&mut *channel, &plain(10..18, 60)), all_sent(8));
         let mut seen = Vec::new();
@@ -342,6 +343,7 @@ fn each_queue_has_its_channel() {
     for end in [OWN, FAR] {
         bed.ip(&["link", "set", end, "up"]);
     }
+    bed.settle();
     let uplink = match bed.try_xdp(OWN, 2) {
         Err(BackendError::Refused(why)) if why.contains("has no AF_XDP") => return eprintln!("skipped: {why}"),
         opened => opened.unwrap(),
