@@ -24,7 +24,8 @@ mod mapping;
 mod memory;
 mod page_table;
 
-pub use cache::{full_barrier, prefetch_read, prefetch_write};
+pub use cache::{full_barrier, prefetch_read, prefetch_read_range, prefetch_write, prefetch_write_range};
+pub(crate) use copy_engine::copy;
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
 #[cfg(test)]
@@ -231,9 +232,9 @@ pub trait DmaEngine: Send {
     /// As for [`read`](Self::read).
     fn read_packed(&mut self, from: Iova, to: CardAddress, count: u32) -> Result<(), Unmapped>;
 
-    /// Says that a few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
+    /// Says that the few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
     #[inline]
-    fn expect_write(&mut self, _to: Iova) {}
+    fn expect_write(&mut self, _to: Iova, _length: u32) {}
 
     /// A barrier both ways: copies queued later see and make memory as it is after all those queued before are visible to
     /// the host. For the races of notification suppression (store of our index against load of theirs).

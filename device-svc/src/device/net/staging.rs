@@ -6,7 +6,7 @@
 
 use crate::address::{CardAddress, Iova};
 use crate::device::QueueFault;
-use crate::dma::{Direction, DmaEngine, Ticket};
+use crate::dma::{Direction, DmaEngine, Ticket, copy};
 use crate::mirror::CardLayout;
 
 /// Card memory for what waits: four of the longest frames.
@@ -44,13 +44,20 @@ impl Staging {
         Ok(bytes <= self.bytes - self.filled)
     }
 
-    /// Brings bytes to the VM, behind all that was brought before. There is room: see [`has_room`](Self::has_room).
+    /// Brings bytes to the VM, a header and what follows it in the same place, behind all that was brought before. There is room:
+    /// see [`has_room`](Self::has_room).
     #[inline]
-    pub(super) fn put<E: DmaEngine>(&mut self, engine: &mut E, bytes: &[u8], to: Iova) -> Result<(), QueueFault> {
-        let length = bytes.len() as u32;
+    pub(super) fn put<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        [header, bytes]: [&[u8]; 2],
+        to: Iova,
+    ) -> Result<(), QueueFault> {
+        let length = (header.len() + bytes.len()) as u32;
         if !direct::<E>() {
             let at = self.start.add(self.filled);
-            engine.card().copy_in(at, bytes);
+            engine.card().copy_in(at, header);
+            engine.card().copy_in(at.add(header.len() as u32), bytes);
             engine.write(at, to, length)?;
             self.filled += length;
             self.last = engine.queued();
@@ -58,14 +65,19 @@ impl Staging {
         }
         self.lent.clear();
         engine.lend(to, length, Direction::ToHost, &mut self.lent)?;
-        let mut done = 0;
+        let mut parts = [header, bytes];
         for run in &self.lent {
-            // SAFETY: `lend` appended mapped ranges of the VM's memory that add up to the length of `bytes`; they are given back
-            // below. The VM's memory and the channel's never overlap.
-            unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), run.iov_base.cast(), run.iov_len) };
-            done += run.iov_len;
+            let mut done = 0;
+            for part in &mut parts {
+                let count = part.len().min(run.iov_len - done);
+                // SAFETY: `lend` appended mapped ranges of the VM's memory, and `count` bytes of this one are left behind those that
+                // are done; they are given back below. The VM's memory and the channel's never overlap.
+                unsafe { copy(part.as_ptr(), run.iov_base.cast::<u8>().add(done), count) };
+                *part = &part[count..];
+                done += count;
+            }
         }
-        debug_assert_eq!(done, bytes.len(), "what is lent is as long as was asked for");
+        debug_assert!(parts.iter().all(|part| part.is_empty()), "what is lent is as long as was asked for");
         engine.give_back(to, length, true);
         Ok(())
     }

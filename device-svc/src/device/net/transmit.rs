@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use super::filter::{BROADCAST, Octets};
-use super::{NetShared, ROWS_MAX, count, header_bytes, transmit_offloads};
+use super::{NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
 use crate::backend::net::{
@@ -232,6 +232,7 @@ impl<E: DmaEngine> TransmitLane<E> {
     fn send(&mut self, now: Moment, channel: &mut dyn NetChannel) -> Result<(), QueueFault> {
         let landed = self.queue.mirror.engine().landed()?;
         let link_up = self.shared.is_link_up();
+        let is_limited = self.shared.is_limited();
         self.vectors.clear();
         self.frames.clear();
         // Where a list of ranges grows it moves, so frames get theirs when all are in it.
@@ -243,7 +244,7 @@ impl<E: DmaEngine> TransmitLane<E> {
             }
             match self.frame(number, link_up) {
                 Ok((header, bytes)) => {
-                    if let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
+                    if is_limited && let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
                         self.throttled_until = Some(later);
                         self.queue.counters.throttled.add(1);
                         break;
@@ -276,9 +277,9 @@ impl<E: DmaEngine> TransmitLane<E> {
         }
         let sent = channel.transmit(&self.frames);
         self.full = sent.taken < self.frames.len();
-        let counters = &self.queue.counters.net;
+        let mut tally = Tally::default();
         if sent.lost > 0 {
-            counters.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
+            self.queue.counters.net.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
         }
         for index in 0..self.frames.len() {
             let number = self.sent;
@@ -289,12 +290,13 @@ impl<E: DmaEngine> TransmitLane<E> {
             }
             if index + sent.lost < sent.taken {
                 let start = self.place(number).add(self.header_bytes);
-                let destination = self.queue.mirror.engine_ref().card().get::<[u8; 6]>(start);
-                count(&self.queue.counters.net, &frame.header, &destination, frame.bytes);
+                let destination = self.queue.mirror.engine_ref().card().get::<Octets>(start);
+                tally.frame(&frame.header, destination, frame.bytes);
             }
             self.end(number);
             self.sent = number.wrapping_add(1);
         }
+        tally.add_to(&self.queue.counters.net);
         Ok(())
     }
 
