@@ -297,6 +297,13 @@ impl DmaEngine for CopyEngine {
     }
 
     #[inline]
+    fn expect_read(&mut self, from: Iova, length: u32) {
+        if let Some((host, _)) = self.resolve(from, 1, Direction::FromHost) {
+            prefetch_read_range(host, length as usize);
+        }
+    }
+
+    #[inline]
     fn expect_write(&mut self, to: Iova, length: u32) {
         if let Some((host, _)) = self.resolve(to, 1, Direction::ToHost) {
             // The bytes may go on in another run, which is not what is asked for then.
@@ -329,6 +336,17 @@ impl DmaEngine for CopyEngine {
     #[inline]
     fn is_idle(&mut self) -> bool {
         self.noted.is_empty()
+    }
+
+    #[inline]
+    fn lend_whole(&mut self, from: Iova, length: u32, direction: Direction) -> Option<*mut u8> {
+        let (host, run) = self.resolve(from, u64::from(length), direction)?;
+        if run < u64::from(length) {
+            return None;
+        }
+        self.counters.lent += 1;
+        self.counters.lent_bytes += u64::from(length);
+        Some(host)
     }
 
     #[inline]

@@ -232,6 +232,10 @@ pub trait DmaEngine: Send {
     /// As for [`read`](Self::read).
     fn read_packed(&mut self, from: Iova, to: CardAddress, count: u32) -> Result<(), Unmapped>;
 
+    /// Says that the few bytes at `from` will be read soon: an engine may make that cheaper, and may ignore it.
+    #[inline]
+    fn expect_read(&mut self, _from: Iova, _length: u32) {}
+
     /// Says that the few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
     #[inline]
     fn expect_write(&mut self, _to: Iova, _length: u32) {}
@@ -270,6 +274,13 @@ pub trait DmaEngine: Send {
         direction: Direction,
         out: &mut Vec<libc::iovec>,
     ) -> Result<(), Unmapped>;
+
+    /// Lends `length` bytes of host memory that are one range; `None` where they are not, or an engine does not look: then
+    /// [`lend`](Self::lend) says more.
+    #[inline]
+    fn lend_whole(&mut self, _from: Iova, _length: u32, _direction: Direction) -> Option<*mut u8> {
+        None
+    }
 
     /// Takes back what was lent; `written` says that the card may have changed it.
     fn give_back(&mut self, from: Iova, length: u32, written: bool);

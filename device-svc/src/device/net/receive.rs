@@ -9,7 +9,6 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
-use zerocopy::IntoBytes;
 
 use super::staging::Staging;
 use super::{Chosen, NetShared, ROWS_MAX, Tally, header_bytes, receive_offloads};
@@ -223,11 +222,20 @@ impl<E: DmaEngine> ReceiveLane<E> {
             // To a driver that has not negotiated checksums the flag that says they are right means nothing.
             undone.checksum = Checksum::Unknown;
         }
-        let raw = undone.to_raw(chains);
-        let mut header = &raw.as_bytes()[..self.header_bytes as usize];
+        let raw = undone.to_raw(chains).to_bytes();
+        let mut header = &raw[..self.header_bytes as usize];
         let mut bytes = frame.bytes();
         let Self { queue, staging, rows, filled, .. } = self;
         let mask = rows.len() - 1;
+        let row = &rows[usize::from(*filled) & mask];
+        let all = header.len() + bytes.len();
+        // Nearly all frames fit one buffer.
+        if chains == 1 && row.first.length as usize >= all {
+            staging.put(queue.mirror.engine(), [header, bytes], row.first.address)?;
+            queue.mirror.stage_used(row.id, row.slots, all as u32);
+            *filled = filled.wrapping_add(1);
+            return Ok(());
+        }
         for _ in 0..chains {
             let row = &rows[usize::from(*filled) & mask];
             let mut written = 0;
@@ -259,6 +267,11 @@ impl<E: DmaEngine> ReceiveLane<E> {
     #[inline]
     fn take_frames(&mut self, now: Moment, frames: &[Incoming], tally: &mut Tally) -> Result<usize, QueueFault> {
         let is_limited = self.shared.is_limited();
+        // What was asked for when it was fetched may have left the nearest cache since.
+        for number in 0..self.waiting().min(frames.len() as u16) {
+            let Segment { address, length } = self.row(self.filled.wrapping_add(number)).first;
+            self.queue.mirror.engine().expect_write(address, BYTES_AHEAD.min(length));
+        }
         let most = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
         for (number, frame) in frames.iter().enumerate() {
             if let Some(reason) = self.refuses(frame, most) {

@@ -46,7 +46,7 @@ impl Staging {
 
     /// Brings bytes to the VM, a header and what follows it in the same place, behind all that was brought before. There is room:
     /// see [`has_room`](Self::has_room).
-    #[inline]
+    #[inline(always)]
     pub(super) fn put<E: DmaEngine>(
         &mut self,
         engine: &mut E,
@@ -55,17 +55,41 @@ impl Staging {
     ) -> Result<(), QueueFault> {
         let length = (header.len() + bytes.len()) as u32;
         if !direct::<E>() {
-            let at = self.start.add(self.filled);
-            engine.card().copy_in(at, header);
-            engine.card().copy_in(at.add(header.len() as u32), bytes);
-            engine.write(at, to, length)?;
-            self.filled += length;
-            self.last = engine.queued();
+            return self.stage(engine, [header, bytes], to);
+        }
+        if let Some(start) = engine.lend_whole(to, length, Direction::ToHost) {
+            // SAFETY: `length` mapped bytes of the VM's memory begin there, which `header` and `bytes` have together; they are given
+            // back below. The VM's memory and the channel's never overlap.
+            unsafe {
+                copy(header.as_ptr(), start, header.len());
+                copy(bytes.as_ptr(), start.add(header.len()), bytes.len());
+            }
+            engine.give_back(to, length, true);
             return Ok(());
         }
+        self.put_runs(engine, [header, bytes], to)
+    }
+
+    /// The same by way of card memory.
+    fn stage<E: DmaEngine>(&mut self, engine: &mut E, parts: [&[u8]; 2], to: Iova) -> Result<(), QueueFault> {
+        let start = self.start.add(self.filled);
+        let mut length = 0;
+        for part in parts {
+            engine.card().copy_in(start.add(length), part);
+            length += part.len() as u32;
+        }
+        engine.write(start, to, length)?;
+        self.filled += length;
+        self.last = engine.queued();
+        Ok(())
+    }
+
+    /// The same into memory that is mapped in several runs.
+    #[cold]
+    fn put_runs<E: DmaEngine>(&mut self, engine: &mut E, mut parts: [&[u8]; 2], to: Iova) -> Result<(), QueueFault> {
+        let length = parts.iter().map(|part| part.len() as u32).sum();
         self.lent.clear();
         engine.lend(to, length, Direction::ToHost, &mut self.lent)?;
-        let mut parts = [header, bytes];
         for run in &self.lent {
             let mut done = 0;
             for part in &mut parts {

@@ -28,9 +28,11 @@ use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
 use crate::dma::{CardMemory, Direction, DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{DropReason, QueueCounters};
-use crate::mirror::CardLayout;
+use crate::mirror::{CardLayout, FETCH_MAX};
 use crate::virtqueue::{Chain, Segment};
 
+/// Rows at most where copies land at once: two turns' frames, whose memory stays in the nearest cache.
+const ROWS_AT_ONCE: u16 = 2 * FETCH_MAX;
 /// Card memory of one row: the virtio header, and the first bytes of the frame.
 const ROW_BYTES: u32 = 256;
 /// Card pages for frames that are copied as a whole: sixteen of the longest.
@@ -94,7 +96,8 @@ impl<E: DmaEngine> TransmitLane<E> {
         engine: impl FnOnce(CardMemory) -> E,
     ) -> std::io::Result<Self> {
         let accepted = start.features;
-        let rows = start.size.min(ROWS_MAX).next_power_of_two();
+        let rows_max = if E::LATE { ROWS_MAX } else { ROWS_AT_ONCE };
+        let rows = start.size.min(rows_max).next_power_of_two();
         let mut layout = CardLayout::default();
         let row_memory = layout.take(u32::from(rows) * ROW_BYTES);
         let copies = !E::LENDS || shared.settings.copy_payload;
