@@ -5,6 +5,29 @@
 //! first is needed.
 #![expect(unsafe_code, reason = "instructions that have no safe form")]
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// The lines that a range touches.
+#[inline(always)]
+fn lines(address: *const u8, length: usize) -> impl Iterator<Item = *const u8> {
+    let before = address as usize % LINE_BYTES;
+    let first = address.wrapping_sub(before);
+    (0..before + length).step_by(LINE_BYTES).map(move |offset| first.wrapping_add(offset))
+}
+
+/// Starts to load all lines of a range. Addresses where there is no memory do no harm.
+#[inline(always)]
+pub fn prefetch_read_range(address: *const u8, length: usize) {
+    lines(address, length).for_each(prefetch_read);
+}
+
+/// Starts to take all lines of a range for writing. Harmless as well.
+#[inline(always)]
+pub fn prefetch_write_range(address: *const u8, length: usize) {
+    lines(address, length).for_each(prefetch_write);
+}
+
 /// Starts to load the line at `address`. An address where there is no memory does no harm.
 #[inline(always)]
 pub fn prefetch_read(address: *const u8) {

@@ -6,7 +6,7 @@
 
 use crate::address::{CardAddress, Iova};
 use crate::device::QueueFault;
-use crate::dma::{Direction, DmaEngine, Ticket};
+use crate::dma::{Direction, DmaEngine, Ticket, copy};
 use crate::mirror::CardLayout;
 
 /// Card memory for what waits: four of the longest frames.
@@ -44,28 +44,64 @@ impl Staging {
         Ok(bytes <= self.bytes - self.filled)
     }
 
-    /// Brings bytes to the VM, behind all that was brought before. There is room: see [`has_room`](Self::has_room).
-    #[inline]
-    pub(super) fn put<E: DmaEngine>(&mut self, engine: &mut E, bytes: &[u8], to: Iova) -> Result<(), QueueFault> {
-        let length = bytes.len() as u32;
+    /// Brings bytes to the VM, a header and what follows it in the same place, behind all that was brought before. There is room:
+    /// see [`has_room`](Self::has_room).
+    #[inline(always)]
+    pub(super) fn put<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        [header, bytes]: [&[u8]; 2],
+        to: Iova,
+    ) -> Result<(), QueueFault> {
+        let length = (header.len() + bytes.len()) as u32;
         if !direct::<E>() {
-            let at = self.start.add(self.filled);
-            engine.card().copy_in(at, bytes);
-            engine.write(at, to, length)?;
-            self.filled += length;
-            self.last = engine.queued();
+            return self.stage(engine, [header, bytes], to);
+        }
+        if let Some(start) = engine.lend_whole(to, length, Direction::ToHost) {
+            // SAFETY: `length` mapped bytes of the VM's memory begin there, which `header` and `bytes` have together; they are given
+            // back below. The VM's memory and the channel's never overlap.
+            unsafe {
+                copy(header.as_ptr(), start, header.len());
+                copy(bytes.as_ptr(), start.add(header.len()), bytes.len());
+            }
+            engine.give_back(to, length, true);
             return Ok(());
         }
+        self.put_runs(engine, [header, bytes], to)
+    }
+
+    /// The same by way of card memory.
+    fn stage<E: DmaEngine>(&mut self, engine: &mut E, parts: [&[u8]; 2], to: Iova) -> Result<(), QueueFault> {
+        let start = self.start.add(self.filled);
+        let mut length = 0;
+        for part in parts {
+            engine.card().copy_in(start.add(length), part);
+            length += part.len() as u32;
+        }
+        engine.write(start, to, length)?;
+        self.filled += length;
+        self.last = engine.queued();
+        Ok(())
+    }
+
+    /// The same into memory that is mapped in several runs.
+    #[cold]
+    fn put_runs<E: DmaEngine>(&mut self, engine: &mut E, mut parts: [&[u8]; 2], to: Iova) -> Result<(), QueueFault> {
+        let length = parts.iter().map(|part| part.len() as u32).sum();
         self.lent.clear();
         engine.lend(to, length, Direction::ToHost, &mut self.lent)?;
-        let mut done = 0;
         for run in &self.lent {
-            // SAFETY: `lend` appended mapped ranges of the VM's memory that add up to the length of `bytes`; they are given back
-            // below. The VM's memory and the channel's never overlap.
-            unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), run.iov_base.cast(), run.iov_len) };
-            done += run.iov_len;
+            let mut done = 0;
+            for part in &mut parts {
+                let count = part.len().min(run.iov_len - done);
+                // SAFETY: `lend` appended mapped ranges of the VM's memory, and `count` bytes of this one are left behind those that
+                // are done; they are given back below. The VM's memory and the channel's never overlap.
+                unsafe { copy(part.as_ptr(), run.iov_base.cast::<u8>().add(done), count) };
+                *part = &part[count..];
+                done += count;
+            }
         }
-        debug_assert_eq!(done, bytes.len(), "what is lent is as long as was asked for");
+        debug_assert!(parts.iter().all(|part| part.is_empty()), "what is lent is as long as was asked for");
         engine.give_back(to, length, true);
         Ok(())
     }

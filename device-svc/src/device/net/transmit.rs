@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::anti_spoofing::JUDGED_BYTES;
 use super::filter::{BROADCAST, Octets};
-use super::{NetShared, ROWS_MAX, count, header_bytes, transmit_offloads};
+use super::{NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
 use crate::backend::net::{
@@ -29,9 +29,11 @@ use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
 use crate::dma::{CardMemory, Direction, DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{DropReason, QueueCounters};
-use crate::mirror::CardLayout;
+use crate::mirror::{CardLayout, FETCH_MAX};
 use crate::virtqueue::{Chain, Segment};
 
+/// Rows at most where copies land at once: two turns' frames, whose memory stays in the nearest cache.
+const ROWS_AT_ONCE: u16 = 2 * FETCH_MAX;
 /// Card memory of one row: the virtio header, and the first bytes of the frame.
 const ROW_BYTES: u32 = 256;
 const _: () = assert!(JUDGED_BYTES as u32 + super::HEADER_BYTES <= ROW_BYTES);
@@ -96,7 +98,8 @@ impl<E: DmaEngine> TransmitLane<E> {
         engine: impl FnOnce(CardMemory) -> E,
     ) -> std::io::Result<Self> {
         let accepted = start.features;
-        let rows = start.size.min(ROWS_MAX).next_power_of_two();
+        let rows_max = if E::LATE { ROWS_MAX } else { ROWS_AT_ONCE };
+        let rows = start.size.min(rows_max).next_power_of_two();
         let mut layout = CardLayout::default();
         let row_memory = layout.take(u32::from(rows) * ROW_BYTES);
         let copies = !E::LENDS || shared.settings.copy_payload;
@@ -234,6 +237,7 @@ impl<E: DmaEngine> TransmitLane<E> {
     fn send(&mut self, now: Moment, channel: &mut dyn NetChannel) -> Result<(), QueueFault> {
         let landed = self.queue.mirror.engine().landed()?;
         let link_up = self.shared.is_link_up();
+        let is_limited = self.shared.is_limited();
         self.vectors.clear();
         self.frames.clear();
         // Where a list of ranges grows it moves, so frames get theirs when all are in it.
@@ -245,7 +249,7 @@ impl<E: DmaEngine> TransmitLane<E> {
             }
             match self.frame(number, link_up) {
                 Ok((header, bytes)) => {
-                    if let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
+                    if is_limited && let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
                         self.throttled_until = Some(later);
                         self.queue.counters.throttled.add(1);
                         break;
@@ -278,9 +282,9 @@ impl<E: DmaEngine> TransmitLane<E> {
         }
         let sent = channel.transmit(&self.frames);
         self.full = sent.taken < self.frames.len();
-        let counters = &self.queue.counters.net;
+        let mut tally = Tally::default();
         if sent.lost > 0 {
-            counters.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
+            self.queue.counters.net.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
         }
         for index in 0..self.frames.len() {
             let number = self.sent;
@@ -291,12 +295,13 @@ impl<E: DmaEngine> TransmitLane<E> {
             }
             if index + sent.lost < sent.taken {
                 let start = self.place(number).add(self.header_bytes);
-                let destination = self.queue.mirror.engine_ref().card().get::<[u8; 6]>(start);
-                count(&self.queue.counters.net, &frame.header, &destination, frame.bytes);
+                let destination = self.queue.mirror.engine_ref().card().get::<Octets>(start);
+                tally.frame(&frame.header, destination, frame.bytes);
             }
             self.end(number);
             self.sent = number.wrapping_add(1);
         }
+        tally.add_to(&self.queue.counters.net);
         Ok(())
     }
 

@@ -111,7 +111,7 @@ fn ipv6_comes_from_and_tells_of_the_functions_addresses() {
     let own = "fe80::5054:ff:fe12:3456";
     let echo = Icmpv6Type::Unknown { type_u8: 128, code_u8: 0, bytes5to8: [0; 4] };
     for (source, passes) in [("fd00::5", true), (own, true), ("::", true), ("fd00::6", false), ("fe80::1", false)] {
-        assert_eq!(judge.passes(MAC, &v6(source, echo.clone(), b"")), passes, "{source}");
+        assert_eq!(judge.passes(MAC, &v6(source, echo, b"")), passes, "{source}");
     }
     assert!(judge.passes(MAC, &advertisement(own, "fd00::5")));
     assert!(judge.passes(MAC, &advertisement("fd00::5", own)));
@@ -125,9 +125,9 @@ fn extension_headers_hide_nothing() {
         let frame = advertisement("fd00::5", target);
         let mut with = frame.clone();
         with[14 + 6] = 60;
-        with.splice(14 + 40..14 + 40, [0, 0, 1, 4, 0, 0, 0, 0].into_iter());
+        with.splice(14 + 40..14 + 40, [0, 0, 1, 4, 0, 0, 0, 0]);
         // Destination options, then hop-by-hop options, then what it is.
-        with.splice(14 + 48..14 + 48, [ICMPV6, 0, 1, 4, 0, 0, 0, 0].into_iter());
+        with.splice(14 + 48..14 + 48, [ICMPV6, 0, 1, 4, 0, 0, 0, 0]);
         assert_eq!(judge.passes(MAC, &with), passes, "{target}");
         let mut far = with.clone();
         far[14 + 49] = 200;
