@@ -144,7 +144,8 @@ fn frames_reach_the_pair_that_the_table_says_in_their_order() {
     // The other way round, and all to one.
     bed.steer(&[1, 1]);
     let numbers: Vec<u32> = (0..20).map(|number| bed.comes(number % 2, number as u32 & 1)).collect();
-    let (even, odd): (Vec<u32>, Vec<u32>) = numbers.iter().partition(|number| (**number - numbers[0]).is_multiple_of(2));
+    let (even, odd): (Vec<u32>, Vec<u32>) =
+        numbers.iter().partition(|number| (**number - numbers[0]).is_multiple_of(2));
     bed.carry();
     assert_eq!(bed.takes(0), Vec::<u32>::new());
     assert_eq!([bed.takes(1), bed.takes(1)].concat(), [even, odd].concat());
