@@ -119,7 +119,13 @@ pub(crate) fn measure(arguments: &NetArguments) -> Result<Report> {
     let pace = if quick {
         Pace { alternations: 3, duration: milliseconds(300), window: milliseconds(700), iperf_seconds: 1, echoes: 500 }
     } else {
-        Pace { alternations: 7, duration: milliseconds(1000), window: milliseconds(2000), iperf_seconds: 3, echoes: 3000 }
+        Pace {
+            alternations: 7,
+            duration: milliseconds(1000),
+            window: milliseconds(2000),
+            iperf_seconds: 3,
+            echoes: 3000,
+        }
     };
     let mut run = Run { cpus, quick, pace, rig, rows: Vec::new(), start: Instant::now() };
     let parts: [(Part, Measure); 4] = [

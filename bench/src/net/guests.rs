@@ -198,7 +198,12 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
             let link = labs[ours].network.name();
             let name = format!("round trip to a guest, {word}, {link}");
             run.add_turns(name, ours_us, labs[peer].network.name(), theirs_us, Unit::Microseconds);
-            run.add_difference(format!("  added to QEMU's tap, {word}, {link}"), ours_us, theirs_us, Unit::Microseconds);
+            run.add_difference(
+                format!("  added to QEMU's tap, {word}, {link}"),
+                ours_us,
+                theirs_us,
+                Unit::Microseconds,
+            );
         }
     }
     labs.into_iter().for_each(Lab::end);

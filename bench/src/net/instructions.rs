@@ -132,8 +132,7 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
                 run.say(&name);
                 let driver = Driver { packed: *packed, ..Driver::default() };
                 peer.process().signal(Signal::SIGSTOP);
-                let ours =
-                    server.awake(|| drive(run, server.socket(0), way, driver, frame_bytes, &mut our_count))?;
+                let ours = server.awake(|| drive(run, server.socket(0), way, driver, frame_bytes, &mut our_count))?;
                 peer.process().signal(Signal::SIGCONT);
                 peer.go(0);
                 let theirs = drive(run, socket.clone(), way, driver, frame_bytes, &mut their_count)?;

@@ -25,9 +25,9 @@ mod memory;
 mod page_table;
 
 pub use cache::{full_barrier, prefetch_read, prefetch_read_range, prefetch_write, prefetch_write_range};
-pub(crate) use copy_engine::copy;
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
+pub(crate) use copy_engine::copy;
 #[cfg(test)]
 pub use delayed::DelayedEngine;
 #[cfg(test)]

@@ -71,7 +71,9 @@ impl FrameRing {
             let count = range.iov_len.min(length - filled);
             // SAFETY: the ranges of a frame that a channel is given are readable while `transmit` runs; a VM may write them meanwhile,
             // so they are copied, never borrowed. `count` bytes are left of the range at `start`, which nobody else looks at.
-            unsafe { std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), start.add(filled), count) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), start.add(filled), count)
+            };
             filled += count;
         }
         debug_assert_eq!(filled, length, "a frame is as long as its ranges");

@@ -51,7 +51,8 @@ impl NetBackend for LoopbackBackend {
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
-        let frames = FrameRing::new(FRAMES, FRAMES_BYTES).map_err(|error| BackendError::Unavailable(format!("no memory for frames: {error}")))?;
+        let frames = FrameRing::new(FRAMES, FRAMES_BYTES)
+            .map_err(|error| BackendError::Unavailable(format!("no memory for frames: {error}")))?;
         Ok(Box::new(LoopbackChannel { enabled: false, frames }))
     }
 }
