@@ -77,3 +77,6 @@ pub(super) fn round_trips(namespace: &Namespace, address: Ipv4Addr, count: usize
         Ok(latencies)
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@
 //!           │ buffers       │ used entries  │ free
 //!           │ that wait     │ staged        │
 //! ```
+#![expect(unsafe_code, reason = "promises that frames stay until their bytes are copied")]
 
 use std::sync::Arc;
 
@@ -199,6 +200,9 @@ impl<E: DmaEngine> ReceiveLane<E> {
     /// Chains that a frame needs of those that wait: none if they do not suffice.
     #[inline]
     fn chains_for(&self, bytes: u32) -> Option<u16> {
+        if self.waiting() > 0 && self.row(self.filled).writable >= bytes {
+            return Some(1);
+        }
         let mut room = 0;
         let most = if self.merges { self.waiting() } else { self.waiting().min(1) };
         for count in 0..most {
@@ -215,7 +219,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if self.merges { usize::from(self.in_use()) == self.rows.len() } else { self.waiting() > 0 }
     }
 
-    /// Puts a frame into `chains` chains.
+    /// Puts a frame into `chains` chains; it is there once the staging has been flushed.
     #[inline]
     fn fill(&mut self, frame: &Incoming, chains: u16) -> Result<(), QueueFault> {
         let mut undone = frame.header;
@@ -243,7 +247,8 @@ impl<E: DmaEngine> ReceiveLane<E> {
         let all = header.len() + bytes.len();
         // Nearly all frames fit one buffer.
         if chains == 1 && row.first.length as usize >= all {
-            staging.put(queue.mirror.engine(), [header, bytes], row.first.address)?;
+            // SAFETY: the caller flushes before it returns the frames.
+            unsafe { staging.put(queue.mirror.engine(), [header, bytes], row.first.address)? };
             queue.mirror.stage_used(row.id, row.slots, all as u32);
             *filled = filled.wrapping_add(1);
             return Ok(());
@@ -255,7 +260,8 @@ impl<E: DmaEngine> ReceiveLane<E> {
                 let room = segment.length as usize;
                 let (first, header_left) = header.split_at(header.len().min(room));
                 let (second, bytes_left) = bytes.split_at(bytes.len().min(room - first.len()));
-                staging.put(queue.mirror.engine(), [first, second], segment.address)?;
+                // SAFETY: as above.
+                unsafe { staging.put(queue.mirror.engine(), [first, second], segment.address)? };
                 written += (first.len() + second.len()) as u32;
                 (header, bytes) = (header_left, bytes_left);
                 if bytes.is_empty() {
@@ -272,6 +278,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
     fn take(&mut self, now: Moment, frames: &[Incoming]) -> Result<usize, QueueFault> {
         let mut tally = Tally::default();
         let taken = self.take_frames(now, frames, &mut tally);
+        self.staging.flush(self.queue.mirror.engine());
         tally.add_to(&self.queue.counters.net);
         taken
     }
@@ -279,11 +286,6 @@ impl<E: DmaEngine> ReceiveLane<E> {
     #[inline]
     fn take_frames(&mut self, now: Moment, frames: &[Incoming], tally: &mut Tally) -> Result<usize, QueueFault> {
         let is_limited = self.shared.is_limited();
-        // What was asked for when it was fetched may have left the nearest cache since.
-        for number in 0..self.waiting().min(frames.len() as u16) {
-            let Segment { address, length } = self.row(self.filled.wrapping_add(number)).first;
-            self.queue.mirror.engine().expect_write(address, BYTES_AHEAD.min(length));
-        }
         let most = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
         for (number, frame) in frames.iter().enumerate() {
             if let Some(reason) = self.refuses(frame, most) {

@@ -18,6 +18,7 @@ use super::filter::{BROADCAST, Octets};
 use super::{NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
+use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, VLAN_TAG_BYTES,
 };
@@ -237,6 +238,7 @@ impl<E: DmaEngine> TransmitLane<E> {
     fn send(&mut self, now: Moment, channel: &mut dyn NetChannel) -> Result<(), QueueFault> {
         let landed = self.queue.mirror.engine().landed()?;
         let link_up = self.shared.is_link_up();
+        let whole_bytes_max = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
         let is_limited = self.shared.is_limited();
         self.vectors.clear();
         self.frames.clear();
@@ -247,7 +249,7 @@ impl<E: DmaEngine> TransmitLane<E> {
             if self.rows[self.slot(number)].ticket > landed {
                 break;
             }
-            match self.frame(number, link_up) {
+            match self.frame(number, link_up, whole_bytes_max) {
                 Ok((header, bytes)) => {
                     if is_limited && let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
                         self.throttled_until = Some(later);
@@ -286,16 +288,17 @@ impl<E: DmaEngine> TransmitLane<E> {
         if sent.lost > 0 {
             self.queue.counters.net.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
         }
+        let first = self.sent;
         for index in 0..self.frames.len() {
-            let number = self.sent;
-            let frame = self.frames[index];
+            let number = first.wrapping_add(index as u16);
             self.give_back(number);
             if index >= sent.taken {
-                break;
+                continue;
             }
             if index + sent.lost < sent.taken {
                 let start = self.place(number).add(self.header_bytes);
                 let destination = self.queue.mirror.engine_ref().card().get::<Octets>(start);
+                let frame = &self.frames[index];
                 tally.frame(&frame.header, destination, frame.bytes);
             }
             self.end(number);
@@ -316,9 +319,10 @@ impl<E: DmaEngine> TransmitLane<E> {
         channel.transmit(&[Outgoing { header: NetHeader::DONE, segments, bytes: frame.len() as u32 }]);
     }
 
-    /// What a row's frame asks for, and how long it is; or why it is not sent.
+    /// What a row's frame asks for, and how long it is; or why it is not sent. One that is not to be cut has at most
+    /// `whole_bytes_max` bytes.
     #[inline]
-    fn frame(&self, number: u16, link_up: bool) -> Result<(NetHeader, u32), DropReason> {
+    fn frame(&self, number: u16, link_up: bool, whole_bytes_max: u32) -> Result<(NetHeader, u32), DropReason> {
         let row = &self.rows[self.slot(number)];
         let bytes = row.bytes - self.header_bytes;
         if !link_up {
@@ -337,11 +341,7 @@ impl<E: DmaEngine> TransmitLane<E> {
         // A header that is shorter has its last field left out, and that one means nothing here.
         let raw = self.queue.mirror.engine_ref().card().get::<RawNetHeader>(self.place(number));
         let header = NetHeader::parse(&raw, bytes, self.allowed).map_err(|_| DropReason::BadHeader)?;
-        let most = if header.segmentation.is_some() {
-            FRAME_BYTES_MAX
-        } else {
-            u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES
-        };
+        let most = if header.segmentation.is_some() { FRAME_BYTES_MAX } else { whole_bytes_max };
         if bytes > most { Err(DropReason::TooLong) } else { Ok((header, bytes)) }
     }
 
@@ -382,7 +382,9 @@ impl<E: DmaEngine> TransmitLane<E> {
         let slot = self.slot(number);
         let Self { queue, rows, pages, .. } = self;
         let row = &mut rows[slot];
-        if let (Some(run), Some(pages)) = (row.pages.take(), pages) {
+        if let Some(pages) = pages
+            && let Some(run) = row.pages.take()
+        {
             pages.give_back(run);
         }
         queue.mirror.stage_used(row.id, row.slots, 0);
@@ -414,6 +416,11 @@ fn take_chain<E: DmaEngine>(
     row.bytes = chain.readable_bytes;
     row.rest.clear();
     let mut filled = 0;
+    if let Some(Segment { address, length }) = chain.segments.first() {
+        // Only read: but the driver has just written the header, writes the next one there before it reads it, and where the buffer
+        // is one of ours to fill by then its line is here already.
+        engine.expect_write(*address, HEADER_BYTES.min(*length));
+    }
     for segment in chain.segments {
         let here = segment.length.min(ROW_BYTES - filled);
         if here > 0 {
