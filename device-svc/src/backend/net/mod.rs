@@ -25,6 +25,7 @@ mod namespace;
 pub mod null;
 pub mod offload;
 mod slab;
+pub mod stations;
 mod packet_socket;
 pub mod switch;
 pub mod tap;

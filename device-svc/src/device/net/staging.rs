@@ -6,9 +6,10 @@
 //! memory: a stretch that is filled from the front, and from the front again once all has landed.
 #![expect(unsafe_code, reason = "copies bytes into memory that is lent by a VM")]
 
+use super::HASH_HEADER_BYTES;
 use crate::address::{CardAddress, Iova};
 use crate::backend::net::BURST;
-use crate::backend::net::header::HEADER_BYTES;
+
 use crate::device::QueueFault;
 use crate::dma::{Direction, DmaEngine, Ticket, copy};
 use crate::mirror::CardLayout;
@@ -22,7 +23,7 @@ const LINE_BYTES: usize = 64;
 /// A header, or none, and bytes that follow it, to be copied into memory that is lent.
 #[derive(Clone, Copy, Debug)]
 struct Put {
-    header: [u8; HEADER_BYTES as usize],
+    header: [u8; HASH_HEADER_BYTES as usize],
     header_bytes: usize,
     bytes: *const u8,
     length: usize,
@@ -85,8 +86,8 @@ impl Staging {
                 self.flush(engine);
             }
             let (header_bytes, length) = (header.len(), bytes.len());
-            assert!(header_bytes <= HEADER_BYTES as usize, "no header is longer");
-            let mut kept = [0; HEADER_BYTES as usize];
+            assert!(header_bytes <= HASH_HEADER_BYTES as usize, "no header is longer");
+            let mut kept = [0; HASH_HEADER_BYTES as usize];
             // SAFETY: as many bytes as the header has fit `kept`, as was checked just now.
             unsafe { copy(header.as_ptr(), kept.as_mut_ptr(), header_bytes) };
             self.puts.push(Put { header: kept, header_bytes, bytes: bytes.as_ptr(), length, start, to });

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::anti_spoofing::JUDGED_BYTES;
 use super::filter::{BROADCAST, Octets};
-use super::{NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
+use super::{HASH_HEADER_BYTES, NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
 use crate::backend::net::header::HEADER_BYTES;
@@ -37,7 +37,7 @@ use crate::virtqueue::{Chain, Segment};
 const ROWS_AT_ONCE: u16 = 2 * FETCH_MAX;
 /// Card memory of one row: the virtio header, and the first bytes of the frame.
 const ROW_BYTES: u32 = 256;
-const _: () = assert!(JUDGED_BYTES as u32 + super::HEADER_BYTES <= ROW_BYTES);
+const _: () = assert!(JUDGED_BYTES as u32 + HASH_HEADER_BYTES <= ROW_BYTES);
 /// Card pages for frames that are copied as a whole: sixteen of the longest.
 const COPY_PAGES: u32 = 272;
 

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::frame::{Frame, Tag, range_of};
-use super::stations::PortNumber;
 use super::uplink::{Burst, UplinkSide};
-use super::{Plug, Port, Ports, Shared, UPLINK};
+use super::{Plug, Port, PortNumber, Ports, Shared, UPLINK};
 use crate::backend::BackendError;
 use crate::backend::net::flow::Flow;
 use crate::backend::net::inbox::{Inbox, Outbox, Wakers};
@@ -109,7 +108,7 @@ impl View {
     /// Puts a frame in for all ports but the one that it came by.
     fn put_all(&mut self, from: PortNumber, frame: &Frame<'_>, vlan: u16, tag: Option<u16>) {
         for number in 1..self.ports.len() {
-            if number != usize::from(from) {
+            if number != from.index() {
                 self.put(number, frame, vlan, tag);
             }
         }
@@ -148,7 +147,7 @@ fn distribute(view: &mut View, shared: &Shared, frame: &Incoming, second: u32) {
     match known(shared, &frame, vlan, second) {
         // It came from where it is.
         Some(UPLINK) => {}
-        Some(port) => view.put(port.into(), &frame, vlan, tag),
+        Some(port) => view.put(port.index(), &frame, vlan, tag),
         None => view.put_all(UPLINK, &frame, vlan, tag),
     }
 }
@@ -157,7 +156,7 @@ fn distribute(view: &mut View, shared: &Shared, frame: &Incoming, second: u32) {
 fn learn(shared: &Shared, frame: &Frame<'_>, vlan: u16, port: PortNumber, second: u32) {
     let source = frame.source();
     if source[0] & 1 == 0 {
-        shared.stations.learn(source, vlan, port, second);
+        shared.stations.hear(source, vlan, port, second);
     }
 }
 
@@ -165,7 +164,7 @@ fn learn(shared: &Shared, frame: &Frame<'_>, vlan: u16, port: PortNumber, second
 #[inline]
 fn known(shared: &Shared, frame: &Frame<'_>, vlan: u16, second: u32) -> Option<PortNumber> {
     let destination = frame.destination();
-    if destination[0] & 1 != 0 { None } else { shared.stations.port_of(destination, vlan, second) }
+    if destination[0] & 1 != 0 { None } else { shared.stations.find(destination, vlan, second) }
 }
 
 fn second() -> u32 {
@@ -191,7 +190,7 @@ fn forward(plug: &Plug, view: &mut View, burst: &mut Burst, frame: &Outgoing, se
         Some(UPLINK) => {}
         Some(port) => {
             if port != plug.number {
-                view.put(port.into(), &frame, vlan, tag);
+                view.put(port.index(), &frame, vlan, tag);
             }
             return Became::Sent;
         }
