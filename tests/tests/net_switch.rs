@@ -86,7 +86,7 @@ fn guests_reach_each_other_and_the_uplink() {
         ip.iproute2 address add 198.51.100.3/24 dev eth1
         ip.iproute2 link set eth1 up
         ping -c 2 {OWN}
-        for turn in tcp reverse udp; do iperf3 --server --one-off >/dev/null; done
+        for turn in tcp reverse udp udp-reverse; do iperf3 --server --one-off >/dev/null; done
         echo SERVED"
     );
     let plugs = [device(&card, "vfio-user", "two", "", 1), device(&card, "vfio-user", "two-ten", "", 1)].concat();
@@ -113,9 +113,10 @@ fn guests_reach_each_other_and_the_uplink() {
         until iperf3 --json -n 8M --client {SECOND} >/tmp/tcp; do :; done
         until iperf3 --json -n 8M --reverse --client {SECOND} >/tmp/reverse; do :; done
         until iperf3 --json -u -b 20M -n 2M -l 1400 --client {SECOND} >/tmp/udp; do :; done
+        until iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {SECOND} >/tmp/udp-reverse; do :; done
         iperf3 --json -n 8M --client {OWN} >/tmp/out
         iperf3 --json -n 8M --reverse --client {OWN} >/tmp/in
-        for report in tcp reverse udp out in; do echo REPORT $report; cat /tmp/$report; done
+        for report in tcp reverse udp udp-reverse out in; do echo REPORT $report; cat /tmp/$report; done
         echo ASKED"
     );
     let plugs = [
@@ -124,10 +125,16 @@ fn guests_reach_each_other_and_the_uplink() {
     ];
     let output = boot(&card, "first", FIRST, &plugs.concat(), &asks).succeed();
     assert!(output.contains("ASKED"), "{output}");
-    for (name, bytes) in [("tcp", 8 << 20), ("reverse", 8 << 20), ("out", 8 << 20), ("in", 8 << 20)] {
+    let report = |name: &str| {
         let text = output.split(&format!("REPORT {name}\r\n")).nth(1).unwrap();
-        let report = IperfReport::parse(text.split("REPORT").next().unwrap());
-        assert!(report.received_bytes >= bytes, "{name}: {report:?}");
+        IperfReport::parse(text.split("REPORT").next().unwrap())
+    };
+    for name in ["tcp", "reverse", "out", "in"] {
+        assert!(report(name).received_bytes >= 8 << 20, "{name}: {:?}", report(name));
+    }
+    for name in ["udp", "udp-reverse"] {
+        let report = report(name);
+        assert!(report.datagrams > 1400 && report.datagrams_lost < report.datagrams / 2, "{name}: {report:?}");
     }
     second.wait_for_output("SERVED");
     assert!(second.succeed().contains(" 0% packet loss"));
