@@ -496,7 +496,7 @@ impl KernelQueue {
             let (list, length) = (rest.as_mut_ptr(), rest.len() as libc::c_uint);
             // SAFETY: the list, its lists and the headers are ours, and the frames' memory is readable while `transmit` runs.
             let sent = unsafe { libc::sendmmsg(self.file.as_raw_fd(), list, length, libc::MSG_DONTWAIT) };
-            if let Some(sent @ 1..) = usize::try_from(sent).ok() {
+            if let Ok(sent @ 1..) = usize::try_from(sent) {
                 self.results[done..done + sent].fill(0);
                 done += sent;
                 continue;

@@ -80,10 +80,11 @@ impl XdpSocket {
             set(&file, option, &size)?;
         }
         let offsets = offsets(&file)?;
-        let mut fill = Ring::map(&file, libc::XDP_UMEM_PGOFF_FILL_RING as i64, offsets.fr, RECEIVE_CHUNKS)?;
-        let completion = Ring::map(&file, libc::XDP_UMEM_PGOFF_COMPLETION_RING as i64, offsets.cr, TRANSMIT_CHUNKS)?;
-        let receive = Ring::map(&file, libc::XDP_PGOFF_RX_RING as i64, offsets.rx, RECEIVE_CHUNKS)?;
-        let transmit = Ring::map(&file, libc::XDP_PGOFF_TX_RING as i64, offsets.tx, TRANSMIT_CHUNKS)?;
+        let mut fill = Ring::map(&file, libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t, offsets.fr, RECEIVE_CHUNKS)?;
+        let completion =
+            Ring::map(&file, libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t, offsets.cr, TRANSMIT_CHUNKS)?;
+        let receive = Ring::map(&file, libc::XDP_PGOFF_RX_RING, offsets.rx, RECEIVE_CHUNKS)?;
+        let transmit = Ring::map(&file, libc::XDP_PGOFF_TX_RING, offsets.tx, TRANSMIT_CHUNKS)?;
         let address = |chunk: u32| u64::from(chunk) * u64::from(chunk_bytes);
         for chunk in 0..RECEIVE_CHUNKS {
             fill.push(address(chunk));
