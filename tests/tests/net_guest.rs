@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tests::{
     Capture, Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process, network_rig, wait_for,
@@ -48,6 +49,11 @@ queue-pairs = {pairs}
 
     /// Boots a guest whose interface is set up; then it runs `job`.
     fn boot(&self, job: &str) -> Process {
+        self.boot_for(job, 0)
+    }
+
+    /// The same for a guest that keeps a file of so many MiB in its memory, and moves it many times.
+    fn boot_for(&self, job: &str, file_mib: u32) -> Process {
         let path = self.card.path("f.sock");
         let path = path.display();
         let job = format!(
@@ -66,7 +72,10 @@ queue-pairs = {pairs}
             "vfio-user" => vec!["-device", &vfio, "-smp", "2"],
             _ => vec!["-chardev", &chardev, "-netdev", &netdev, "-device", &device, "-smp", "2"],
         };
-        GuestSettings::new(self.card.folder(), &job, &arguments).boot()
+        let settings = GuestSettings::new(self.card.folder(), &job, &arguments);
+        // Half of a guest's memory is for files; a MiB takes seconds at worst, 32 times over.
+        let limit = settings.limit + Duration::from_secs(20) * file_mib;
+        GuestSettings { memory_mib: settings.memory_mib + 4 * file_mib, limit, ..settings }.boot()
     }
 
     /// What each queue of one way counted of `what`; `receive` or `transmit`.
@@ -149,7 +158,8 @@ fn both_queue_pairs_carry_traffic() {
 #[test]
 fn a_file_arrives_bit_exact_whatever_is_left_undone() {
     let Some(rig) = network_rig() else { return };
-    let bytes = tests::rounds(1, 4, 100) as usize * (1 << 20);
+    let mib = tests::rounds(1, 4, 100);
+    let bytes = mib as usize * (1 << 20);
     for link in LINKS {
         let lab = Lab::new(&rig, link, 1);
         let mut expected = Vec::with_capacity(bytes);
@@ -187,10 +197,10 @@ fn a_file_arrives_bit_exact_whatever_is_left_undone() {
                 nc {OWN} 7001 </tmp/file
             done; done; done; done; echo ALL"
         );
-        let output = lab.boot(&job).succeed();
+        let output = lab.boot_for(&job, mib).succeed();
         assert!(output.contains("ALL"), "{output}");
         for number in 0..16 {
-            assert!(taken.recv_timeout(std::time::Duration::from_secs(60)).unwrap(), "{link}: file {number} differs");
+            assert!(taken.recv_timeout(Duration::from_secs(60)).unwrap(), "{link}: file {number} differs");
         }
     }
 }

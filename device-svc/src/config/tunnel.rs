@@ -3,8 +3,6 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use toml::Value;
-
 use super::field::{Fault, Field, Table};
 use super::name::check_netns_name;
 use super::raw::RawUplinkBackend;
@@ -116,22 +114,12 @@ pub(super) fn tunnel(table: &Table<'_>, raw: &RawUplinkBackend, port_default: u1
 /// The addresses of the other end points: in a file a list of texts, as an option one text with commas.
 fn remotes(table: &Table<'_>, field: &Field, local: IpAddr) -> Result<Vec<IpAddr>, Fault> {
     let fault = |message: String| table.fault_at("remote", field, message);
-    let texts: Vec<&str> = match field.as_ref().map(|field| field.get_ref()) {
-        None => Vec::new(),
-        Some(Value::Array(values)) => {
-            let text =
-                |value| Value::as_str(value).ok_or_else(|| fault(format!("{value} is not a text; put it in quotes")));
-            values.iter().map(text).collect::<Result<_, _>>()?
-        }
-        Some(Value::String(text)) if table.reading.from_options => text.split(',').collect(),
-        Some(other) => return Err(fault(format!("{other} is not a list; write [\"10.9.0.2\"]"))),
-    };
-    if texts.len() > REMOTES_MAX {
-        return Err(fault(format!("{} addresses are more than {REMOTES_MAX}", texts.len())));
+    let given: Vec<IpAddr> = table.list("remote", field, address)?.unwrap_or_default();
+    if given.len() > REMOTES_MAX {
+        return Err(fault(format!("{} addresses are more than {REMOTES_MAX}", given.len())));
     }
-    let mut remotes = Vec::with_capacity(texts.len());
-    for text in texts {
-        let remote = address(text).map_err(fault)?;
+    let mut remotes = Vec::with_capacity(given.len());
+    for remote in given {
         if remote.is_ipv4() != local.is_ipv4() {
             return Err(fault(format!("{remote} and `local`, {local}, are of two versions of IP; use one")));
         }

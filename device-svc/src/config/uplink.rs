@@ -12,6 +12,8 @@ use super::volume::doubled;
 
 /// What the kernel lets a tap's MTU be: 65535 bytes with the Ethernet header.
 const TAP_MTU_MAX: u64 = 65521;
+/// Queue pairs of a function at most.
+const AF_XDP_QUEUES_MAX: u64 = 64;
 
 /// One uplink, as configured.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,6 +37,15 @@ pub enum UplinkBackendConfig {
     Vxlan(TunnelConfig),
     /// A tunnel over UDP (Geneve).
     Geneve(TunnelConfig),
+    /// An interface that is there, by packet sockets.
+    AfPacket(AfPacketConfig),
+    /// An interface that is there, past the kernel's stack.
+    AfXdp(AfXdpConfig),
+    /// A switch on the card, between functions and one other uplink.
+    Switch {
+        /// The name of that uplink; `None`: functions reach each other alone.
+        uplink: Option<String>,
+    },
 }
 
 /// A tap interface.
@@ -48,6 +59,26 @@ pub struct TapConfig {
     pub mtu: Option<u16>,
 }
 
+/// An interface that the card does not make.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AfPacketConfig {
+    /// The interface. 1 to 15 bytes.
+    pub interface: String,
+    /// The network namespace that it is in, one of `ip netns`. `None`: the card's own.
+    pub netns: Option<String>,
+}
+
+/// An interface that the card does not make, and some of its hardware queues.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AfXdpConfig {
+    /// The interface. 1 to 15 bytes.
+    pub interface: String,
+    /// The network namespace that it is in, one of `ip netns`. `None`: the card's own.
+    pub netns: Option<String>,
+    /// Its first so many queues; 1 to 64.
+    pub queues: u16,
+}
+
 impl UplinkBackendConfig {
     /// The type's name in the configuration.
     #[must_use]
@@ -58,19 +89,36 @@ impl UplinkBackendConfig {
             Self::Tap(_) => "tap",
             Self::Vxlan(_) => "vxlan",
             Self::Geneve(_) => "geneve",
+            Self::AfPacket(_) => "af-packet",
+            Self::AfXdp(_) => "af-xdp",
+            Self::Switch { .. } => "switch",
         }
     }
 
     /// What two uplinks must not share; `None` for what nobody else can reach.
     #[must_use]
     pub fn interface(&self) -> Option<String> {
-        match self {
-            Self::Null | Self::Loopback => None,
-            Self::Tap(TapConfig { name, netns: None, .. }) => Some(format!("interface {name:?}")),
-            Self::Tap(TapConfig { name, netns: Some(netns), .. }) => {
-                Some(format!("interface {name:?} of network namespace {netns:?}"))
+        let name = match self {
+            Self::Null | Self::Loopback | Self::Switch { .. } => return None,
+            Self::Tap(tap) => &tap.name,
+            Self::AfPacket(packet) => &packet.interface,
+            Self::AfXdp(xdp) => &xdp.interface,
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => {
+                return Some(format!("VNI {} of {}", tunnel.vni, tunnel.endpoint()));
             }
-            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => Some(format!("VNI {} of {}", tunnel.vni, tunnel.endpoint())),
+        };
+        Some(match self.netns() {
+            None => format!("interface {name:?}"),
+            Some(netns) => format!("interface {name:?} of network namespace {netns:?}"),
+        })
+    }
+
+    /// The uplink that it uses itself, if any.
+    #[must_use]
+    pub fn uplink(&self) -> Option<&str> {
+        match self {
+            Self::Switch { uplink } => uplink.as_deref(),
+            _ => None,
         }
     }
 
@@ -78,9 +126,11 @@ impl UplinkBackendConfig {
     #[must_use]
     pub fn netns(&self) -> Option<&str> {
         match self {
-            Self::Null | Self::Loopback => None,
+            Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(tap) => tap.netns.as_deref(),
             Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.netns.as_deref(),
+            Self::AfPacket(packet) => packet.netns.as_deref(),
+            Self::AfXdp(xdp) => xdp.netns.as_deref(),
         }
     }
 }
@@ -91,6 +141,9 @@ impl fmt::Display for UplinkBackendConfig {
         f.write_str(self.type_name())?;
         match self {
             Self::Null | Self::Loopback => Ok(()),
+            Self::Switch { uplink } => {
+                uplink.as_ref().map_or(Ok(()), |uplink| write!(f, ",uplink={}", doubled(uplink)))
+            }
             Self::Tap(TapConfig { name, netns, mtu }) => {
                 write!(f, ",name={}", doubled(name))?;
                 if let Some(netns) = netns {
@@ -99,6 +152,17 @@ impl fmt::Display for UplinkBackendConfig {
                 mtu.map_or(Ok(()), |mtu| write!(f, ",mtu={mtu}"))
             }
             Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.fmt(f),
+            Self::AfPacket(AfPacketConfig { interface, netns }) => {
+                write!(f, ",interface={}", doubled(interface))?;
+                netns.as_ref().map_or(Ok(()), |netns| write!(f, ",netns={}", doubled(netns)))
+            }
+            Self::AfXdp(AfXdpConfig { interface, netns, queues }) => {
+                write!(f, ",interface={}", doubled(interface))?;
+                if let Some(netns) = netns {
+                    write!(f, ",netns={}", doubled(netns))?;
+                }
+                write!(f, ",queues={queues}")
+            }
         }
     }
 }
@@ -110,6 +174,20 @@ impl UplinkConfig {
         [("name", self.name != other.name), ("backend", self.backend != other.backend)]
             .into_iter()
             .find_map(|(key, differs)| differs.then_some(key))
+    }
+
+    /// Whether this uplink can use `other`, which it names.
+    ///
+    /// # Errors
+    /// The key that stands against it and why.
+    pub fn check_on(&self, other: &Self) -> Result<(), (&'static str, String)> {
+        match &other.backend {
+            UplinkBackendConfig::Switch { .. } => {
+                let message = format!("uplink {:?} is a switch as well; name one of another type", other.name);
+                Err(("backend", message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether this uplink can be beside `other` on one card.
@@ -152,12 +230,15 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 5] = [
+const TYPES: [(&str, (&[&str], Read)); 8] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
+    ("af-packet", (&["interface", "netns"], |table, raw| af_packet(table, raw).map(UplinkBackendConfig::AfPacket))),
+    ("af-xdp", (&["interface", "netns", "queues"], |table, raw| af_xdp(table, raw).map(UplinkBackendConfig::AfXdp))),
     ("vxlan", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, VXLAN_PORT).map(UplinkBackendConfig::Vxlan))),
     ("geneve", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, GENEVE_PORT).map(UplinkBackendConfig::Geneve))),
+    ("switch", (&["uplink"], switch)),
 ];
 
 const TUNNEL_KEYS: &[&str] = &["netns", "mtu", "vni", "local", "remote", "port", "learn"];
@@ -173,9 +254,10 @@ fn backend_config(
     let table = Table { place: format!("{place}: backend"), span: raw.span(), reading };
     let raw = raw.get_ref();
     let kind = table.word("type", &raw.r#type, &TYPES)?;
-    let (keys, read) = table.required("type", kind, "`type = \"tap\"`, \"loopback\" or \"null\"")?;
+    let (keys, read) = table.required("type", kind, "`type = \"tap\"` or another")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 8] = [
+    let given: [(&str, &Field); 11] = [
+        ("interface", &raw.interface),
         ("name", &raw.name),
         ("netns", &raw.netns),
         ("mtu", &raw.mtu),
@@ -184,6 +266,8 @@ fn backend_config(
         ("remote", &raw.remote),
         ("port", &raw.port),
         ("learn", &raw.learn),
+        ("queues", &raw.queues),
+        ("uplink", &raw.uplink),
     ];
     if let Some((key, field)) = given.into_iter().find(|(key, field)| field.is_some() && !keys.contains(key)) {
         let owners: Vec<&str> =
@@ -194,14 +278,42 @@ fn backend_config(
     read(&table, raw)
 }
 
-fn tap(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<TapConfig, Fault> {
-    let name = table.text("name", &raw.name)?;
-    let name = table.required("name", name, "`name = \"dray0\"`, the interface")?;
-    check_interface_name(name).map_err(|message| table.fault_at("name", &raw.name, message))?;
-    let netns = table.text("netns", &raw.netns)?;
-    if let Some(netns) = netns {
-        check_netns_name(netns).map_err(|message| table.fault_at("netns", &raw.netns, message))?;
+fn switch(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault> {
+    let uplink = table.text("uplink", &raw.uplink)?;
+    if let Some(uplink) = uplink {
+        check_name(uplink).map_err(|message| table.fault_at("uplink", &raw.uplink, message))?;
     }
+    Ok(UplinkBackendConfig::Switch { uplink: uplink.map(str::to_owned) })
+}
+
+fn tap(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<TapConfig, Fault> {
+    let name = interface(table, "name", &raw.name, "`name = \"dray0\"`, the interface")?;
+    let netns = netns(table, raw)?;
     let mtu = table.integer("mtu", &raw.mtu, 68..=TAP_MTU_MAX)?.map(|mtu| mtu as u16);
-    Ok(TapConfig { name: name.to_owned(), netns: netns.map(str::to_owned), mtu })
+    Ok(TapConfig { name, netns, mtu })
+}
+
+fn af_packet(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<AfPacketConfig, Fault> {
+    let interface = interface(table, "interface", &raw.interface, "`interface = \"eth1\"`")?;
+    Ok(AfPacketConfig { interface, netns: netns(table, raw)? })
+}
+
+fn af_xdp(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<AfXdpConfig, Fault> {
+    let interface = interface(table, "interface", &raw.interface, "`interface = \"eth1\"`")?;
+    let netns = netns(table, raw)?;
+    let queues = table.integer("queues", &raw.queues, 1..=AF_XDP_QUEUES_MAX)?.map_or(1, |queues| queues as u16);
+    Ok(AfXdpConfig { interface, netns, queues })
+}
+
+fn interface(table: &Table<'_>, key: &str, field: &Field, example: &str) -> Result<String, Fault> {
+    let name = table.text(key, field)?;
+    let name = table.required(key, name, example)?;
+    check_interface_name(name).map_err(|message| table.fault_at(key, field, message))?;
+    Ok(name.to_owned())
+}
+
+fn netns(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<Option<String>, Fault> {
+    let Some(netns) = table.text("netns", &raw.netns)? else { return Ok(None) };
+    check_netns_name(netns).map_err(|message| table.fault_at("netns", &raw.netns, message))?;
+    Ok(Some(netns.to_owned()))
 }

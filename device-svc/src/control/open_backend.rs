@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use crate::backend::file::{DirectIo, FileBackend, FileSettings};
 use crate::backend::nbd::{NbdBackend, NbdSettings, NbdUri, TlsSettings};
+use crate::backend::net::af_packet::{AfPacketBackend, AfPacketSettings};
+use crate::backend::net::af_xdp::{AfXdpBackend, AfXdpSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
+use crate::backend::net::switch::SwitchBackend;
 use crate::backend::net::tap::{TapBackend, TapSettings};
 use crate::backend::net::tunnel::remotes::Learning;
 use crate::backend::net::tunnel::wire::TunnelKind;
@@ -16,7 +19,8 @@ use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
 use crate::config::{
-    BackendConfig, LearnConfig, NbdConfig, TapConfig, TunnelConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+    AfPacketConfig, AfXdpConfig, BackendConfig, LearnConfig, NbdConfig, TapConfig, TunnelConfig, UplinkBackendConfig,
+    UplinkConfig, VolumeConfig,
 };
 
 /// Opens the storage of `config`.
@@ -57,11 +61,11 @@ fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, Back
     Ok(NbdSettings { connections, tls, read_only, ..NbdSettings::new(uri) })
 }
 
-/// Opens the network of `config`.
+/// Opens the network of `config`; `on` is the one that it uses itself, if it names one.
 ///
 /// # Errors
 /// When the network refuses or cannot be reached, in words that name it and the next step.
-pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> {
+pub fn open_uplink(config: &UplinkConfig, on: Option<&dyn NetBackend>) -> Result<Arc<dyn NetBackend>, BackendError> {
     let backend: Arc<dyn NetBackend> = match &config.backend {
         UplinkBackendConfig::Null => Arc::new(NullNet::new()),
         UplinkBackendConfig::Loopback => Arc::new(LoopbackBackend::new()),
@@ -71,6 +75,15 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
         }
         UplinkBackendConfig::Vxlan(config) => Arc::new(TunnelBackend::new(&tunnel(TunnelKind::Vxlan, config))?),
         UplinkBackendConfig::Geneve(config) => Arc::new(TunnelBackend::new(&tunnel(TunnelKind::Geneve, config))?),
+        UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
+            let settings = AfPacketSettings { interface: interface.clone(), netns: netns.clone() };
+            Arc::new(AfPacketBackend::new(&settings)?)
+        }
+        UplinkBackendConfig::AfXdp(AfXdpConfig { interface, netns, queues }) => {
+            let settings = AfXdpSettings { interface: interface.clone(), netns: netns.clone(), queues: *queues };
+            Arc::new(AfXdpBackend::new(&settings)?)
+        }
+        UplinkBackendConfig::Switch { .. } => Arc::new(SwitchBackend::new(on)?),
     };
     // VMs are offered the same everywhere; what a network leaves to them the card does itself.
     let info = backend.info();

@@ -22,6 +22,12 @@ const OWN: &str = "/proc/thread-self/ns/net";
 const DRIVER_INFO_BYTES: usize = 196;
 const DRIVER: usize = 4;
 const BUS: usize = 4 + 3 * 32;
+/// `struct ethtool_channels`, and where it has how many queues are in use.
+const CHANNELS_WORDS: usize = 9;
+const RECEIVE_COUNT: usize = 5;
+const COMBINED_COUNT: usize = 8;
+/// `ETHTOOL_GCHANNELS`.
+const GET_CHANNELS: u32 = 0x3c;
 /// `ETHTOOL_GDRVINFO`.
 const GET_DRIVER_INFO: u32 = 3;
 
@@ -96,6 +102,12 @@ impl Namespace {
         Ok(self.flags(interface)? & libc::IFF_UP as libc::c_short != 0)
     }
 
+    /// Whether it has been set up and has a carrier of its own, as far as its driver knows (`IFF_RUNNING`).
+    pub(super) fn is_running(&self, interface: &InterfaceName) -> Result<bool, Errno> {
+        let wanted = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        Ok(self.flags(interface)? & wanted == wanted)
+    }
+
     /// Sets it up.
     pub(super) fn set_up(&self, interface: &InterfaceName) -> Result<(), Errno> {
         let flags = self.flags(interface)?;
@@ -121,6 +133,16 @@ impl Namespace {
         // SAFETY: the kernel has filled this member.
         let mtu = unsafe { request.ifr_ifru.ifru_mtu };
         Ok(mtu.clamp(0, i32::from(u16::MAX)) as u16)
+    }
+
+    /// How many queues an interface receives by, as `ethtool -l` shows them; an error where its driver does not say.
+    pub(super) fn receive_queues(&self, interface: &InterfaceName) -> Result<u32, Errno> {
+        let mut channels = [0u32; CHANNELS_WORDS];
+        channels[0] = GET_CHANNELS;
+        let mut request = interface.request();
+        request.ifr_ifru.ifru_data = channels.as_mut_ptr().cast();
+        self.ask(libc::SIOCETHTOOL as _, &mut request)?;
+        Ok(channels[RECEIVE_COUNT].saturating_add(channels[COMBINED_COUNT]))
     }
 
     /// Sets that.

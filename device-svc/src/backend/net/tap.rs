@@ -4,7 +4,7 @@
 //! ```text
 //!   TapBackend ── Device: the interface, made or found, watched        tap.rs, ../watch.rs, ../namespace.rs
 //!        │            └─ queues opened, and why not                    device.rs
-//!        └─ TapQueue, one for each queue pair: one descriptor          queue.rs
+//!        └─ KernelQueue, one for each queue pair: one descriptor       ../kernel_queue.rs
 //! ```
 //!
 //! A tap that nobody made before is made here and goes with the last descriptor. When it is deleted meanwhile its descriptors are
@@ -12,18 +12,15 @@
 //! new one: it is left in the channel's [`Slot`], and a number there says that it was.
 
 mod device;
-mod queue;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::EventFd;
 
 use self::device::QueueFile;
-use self::queue::TapQueue;
+use super::kernel_queue::{KernelQueue, Kind, Port, Slot};
 use super::namespace::{InterfaceName, Namespace};
 use super::watch::{LOOK_AGAIN, Watch, Watched};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads};
@@ -113,7 +110,8 @@ impl NetBackend for TapBackend {
         state.slots.retain(|slot| slot.strong_count() > 0);
         let namespace = device.namespace();
         let QueueFile { file, .. } = namespace.run(|| device::open_queue(namespace, &device.name))??;
-        let queue = TapQueue::new(Arc::clone(device), file)?;
+        let port: Arc<dyn Port> = Arc::<Device>::clone(device);
+        let queue = KernelQueue::new(port, file, Kind::Tap)?;
         state.slots.push(Arc::downgrade(queue.slot()));
         Ok(Box::new(queue))
     }
@@ -171,27 +169,6 @@ struct State {
     slots: Vec<Weak<Slot>>,
 }
 
-/// Where a channel finds its new descriptor.
-struct Slot {
-    /// Goes up when there is one.
-    epoch: AtomicU32,
-    fresh: Mutex<Option<OwnedFd>>,
-    /// Wakes its reactor.
-    wake: Arc<EventFd>,
-}
-
-impl Slot {
-    fn fresh(&self) -> MutexGuard<'_, Option<OwnedFd>> {
-        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn give(&self, file: OwnedFd) {
-        *self.fresh() = Some(file);
-        self.epoch.fetch_add(1, Ordering::Release);
-        let _ = self.wake.write(1);
-    }
-}
-
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device").field("name", &self.name).field("carrier", &self.carrier).finish_non_exhaustive()
@@ -205,19 +182,6 @@ impl Device {
 
     fn namespace(&self) -> &Namespace {
         self.watch.namespace()
-    }
-
-    /// All queues of a tap have the same offloads; all channels of a function ask for the same, one after the other.
-    fn leave_undone(&self, offloads: Offloads) {
-        let mut state = self.state();
-        if state.undone != offloads {
-            state.undone = offloads;
-            if let Err(errno) = device::set_offloads(&state.made.holder.file, offloads)
-                && state.gone_since.is_none()
-            {
-                tracing::debug!(tap = %self.name, "offloads wait until the tap is there again: {errno}");
-            }
-        }
     }
 
     /// Opens everything anew on the interface that is there, or on a new one. In the namespace.
@@ -269,6 +233,29 @@ impl Device {
                     tracing::warn!("{error}");
                 }
                 (false, true)
+            }
+        }
+    }
+}
+
+impl Port for Device {
+    fn describe(&self) -> String {
+        format!("the tap {}{}", self.name, self.namespace().describe())
+    }
+
+    fn attach(&self, file: &Arc<OwnedFd>, attached: bool) -> Result<(), Errno> {
+        device::attach(file, attached)
+    }
+
+    /// All queues of a tap have the same offloads; all channels of a function ask for the same, one after the other.
+    fn leave_undone(&self, offloads: Offloads) {
+        let mut state = self.state();
+        if state.undone != offloads {
+            state.undone = offloads;
+            if let Err(errno) = device::set_offloads(&state.made.holder.file, offloads)
+                && state.gone_since.is_none()
+            {
+                tracing::debug!(tap = %self.name, "offloads wait until the tap is there again: {errno}");
             }
         }
     }

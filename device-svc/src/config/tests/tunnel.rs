@@ -81,8 +81,11 @@ fn what_is_wrong_is_named() {
             "type = \"vxlan\", vni = 1, local = \"fe80::1\"",
             "`local`: fe80::1 is good on one link only; use a unique local or global address",
         ),
-        (&format!("{least}, remote = \"10.9.0.2\""), "`remote`: \"10.9.0.2\" is not a list; write [\"10.9.0.2\"]"),
-        (&format!("{least}, remote = [1]"), "`remote`: 1 is not a text; put it in quotes"),
+        (&format!("{least}, remote = \"10.9.0.2\""), "`remote`: \"10.9.0.2\" is not a list; write it in brackets"),
+        (
+            &format!("{least}, remote = [1]"),
+            "`remote`: \"1\" is not an IP address; write one like \"10.9.0.1\" or \"2001:db8::1\"",
+        ),
         (
             &format!("{least}, remote = [\"x\"]"),
             "`remote`: \"x\" is not an IP address; write one like \"10.9.0.1\" or \"2001:db8::1\"",

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::errno::Errno;
 
 use super::super::Offloads;
-use super::super::header::HEADER_BYTES;
+use super::super::kernel_queue::HEADER_BYTES;
 use super::super::namespace::{InterfaceName, Namespace};
 use crate::backend::BackendError;
 

@@ -21,7 +21,6 @@ pub mod flow;
 pub mod outer;
 pub mod remotes;
 mod socket;
-pub mod stations;
 mod steering;
 pub mod wire;
 

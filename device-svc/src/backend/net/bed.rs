@@ -1,5 +1,8 @@
-//! Where taps are tried: a network namespace of the test's own.
-#![expect(unsafe_code, reason = "sets options of sockets")]
+//! Where networks of the kernel's are tried: a network namespace of the test's own.
+#![expect(unsafe_code, reason = "sets options of sockets, and lends frames to a channel")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod frames;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
@@ -9,10 +12,16 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::super::super::namespace::{InterfaceName, Namespace};
-use super::super::{TapBackend, TapSettings};
-use super::{PATIENCE, TAP};
-use crate::backend::BackendError;
+pub(super) use self::frames::{
+    EXPERIMENT, Sleeper, all_sent, frame, give, is_valid, number, plain, received, tagged, take, transmit, transport,
+};
+use super::namespace::{InterfaceName, Namespace};
+
+/// The near end of a wire, and the far one.
+pub(super) const OWN: &str = "wire0";
+pub(super) const FAR: &str = "far0";
+/// How long a test waits for what must come.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A network namespace that goes with it.
 pub(super) struct Bed {
@@ -28,10 +37,10 @@ impl Bed {
             && std::fs::File::open("/dev/net/tun").is_ok()
             && io_uring::IoUring::new(2).is_ok();
         if !usable {
-            eprintln!("skipped: taps need root, /dev/net/tun and io_uring");
+            eprintln!("skipped: networks of the kernel's need root, /dev/net/tun and io_uring");
             return None;
         }
-        let name = format!("dray-tap-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = format!("dray-bed-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         ip(&["netns", "add", &name]);
         // Nobody but the test speaks: no router solicitation.
         ip(&["netns", "exec", &name, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]);
@@ -42,22 +51,53 @@ impl Bed {
         ip(&[&["-n", &self.name], arguments].concat());
     }
 
-    pub(super) fn try_tap(&self, name: &str, mtu: Option<u16>) -> Result<TapBackend, BackendError> {
-        TapBackend::new(TapSettings { name: name.to_owned(), netns: Some(self.name.clone()), mtu })
-    }
-
-    pub(super) fn tap(&self) -> TapBackend {
-        self.try_tap(TAP, None).unwrap()
-    }
-
     /// Runs `tc`. Returns whether that went well.
     pub(super) fn tc(&self, arguments: &str) -> bool {
         let status = Command::new("tc").args(["-n", &self.name]).args(arguments.split(' ')).status();
         status.is_ok_and(|status| status.success())
     }
 
-    pub(super) fn there(&self) -> bool {
-        self.namespace.index(&InterfaceName::new(TAP).unwrap()).is_some()
+    /// Makes two ends of a wire; both are up.
+    pub(super) fn wire(&self) {
+        self.ip(&["link", "add", OWN, "type", "veth", "peer", "name", FAR]);
+        self.ip(&["link", "set", FAR, "up"]);
+        self.ip(&["link", "set", OWN, "up"]);
+        self.settle();
+    }
+
+    /// Waits until both ends of the wire carry frames: after they are up the kernel drops them for a while, and calls it success.
+    pub(super) fn settle(&self) {
+        let ends = [OWN, FAR].map(|name| InterfaceName::new(name).unwrap());
+        until(|| ends.iter().all(|end| self.namespace.is_running(end) == Ok(true)));
+        // Whoever changes a link waits until the kernel is done with the last change.
+        self.ip(&["link", "set", FAR, "up"]);
+    }
+
+    /// Has an interface leave nothing undone of what it sends, as `ethtool -K … tx off` does.
+    pub(super) fn leave_nothing_undone(&self, interface: &str) {
+        let interface = InterfaceName::new(interface).unwrap();
+        let open = || socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+        let asker = self.namespace.run(open).unwrap().unwrap();
+        // `ETHTOOL_STXCSUM`, `ETHTOOL_STSO` and `ETHTOOL_SGSO`, each with a `struct ethtool_value`.
+        for command in [0x17u32, 0x1f, 0x24] {
+            let mut value = [command, 0];
+            let mut request = interface.request();
+            request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+            // SAFETY: the call reads an `ifreq`, and the value that it leads to.
+            let result = unsafe { libc::ioctl(asker.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+            // What it cannot do it does not leave undone.
+            assert!([Ok(0), Err(Errno::EOPNOTSUPP)].contains(&Errno::result(result)), "{command:#x}");
+        }
+    }
+
+    /// Whether there is an interface of this name.
+    pub(super) fn has(&self, interface: &str) -> bool {
+        self.namespace.index(&InterfaceName::new(interface).unwrap()).is_some()
+    }
+
+    /// Its name, as `ip netns` knows it.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// A packet socket on an interface; with virtio-net headers or without.
@@ -77,6 +117,13 @@ impl Bed {
         if headers {
             set(libc::PACKET_VNET_HDR, 1);
         }
+        // A reader that waits for something else meanwhile loses nothing.
+        let room: libc::c_int = 32 << 20;
+        // SAFETY: the option is an `int`.
+        let result = unsafe {
+            libc::setsockopt(packets.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, (&raw const room).cast(), 4)
+        };
+        Errno::result(result).unwrap();
         // SAFETY: an address is plain data, and as long as said.
         unsafe {
             let mut address: libc::sockaddr_ll = std::mem::zeroed();

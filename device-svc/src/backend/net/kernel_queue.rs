@@ -1,4 +1,4 @@
-//! The hot half of a tap: one queue of it, for one queue pair.
+//! The hot half of networks of the kernel's: one descriptor that carries frames behind a virtio header, of a tap or a packet socket.
 //!
 //! A burst of frames is one system call: an io_uring takes a write for each frame, or a read, and since none may wait (`RWF_NOWAIT`:
 //! that the descriptor does not block is not enough, the ring would wait in its place) all of them have ended when the call returns. Measured against one `writev` or `read` a frame (Linux 6.18, one core, frames of
@@ -8,22 +8,28 @@
 //! note is a system call anyhow, which the reads share. While nothing comes there is none.
 //!
 //! What was read lies in memory of ours, one place for each frame of a burst, and the next burst is read when all of it is done with.
+//! The header is the short one, without the count of buffers, which means nothing here: every kernel has it for both.
+//!
+//! A packet socket differs in two things. It hands over a VLAN tag beside the frame (`PACKET_AUXDATA`), so there the read is a message
+//! with a control part, and the tag is put back before the frame is handed over. And its room for what is sent is given back by the
+//! driver while a burst is under way, so that a frame may find none and the next one some: there a burst goes by `sendmmsg`, which
+//! stops at the first that finds none.
 #![expect(unsafe_code, reason = "hands addresses of frames to the kernel")]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use io_uring::{cqueue, opcode, squeue, types};
-use zerocopy::FromBytes;
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+use zerocopy::IntoBytes;
 
-use super::super::header::HEADER_BYTES;
-use super::super::slab::{PLACE_BYTES, Slab};
-use super::super::{
+use super::slab::{PLACE_BYTES, Slab};
+use super::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
+    VLAN_TAG_BYTES,
 };
-use super::{Device, Slot, device};
 use crate::backend::BackendError;
 use crate::backend::ring::Ring;
 
@@ -33,6 +39,15 @@ const ENTRIES: u32 = 128;
 const RING_FRAMES: usize = 4;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
+/// Bytes of the header before each frame.
+pub(super) const HEADER_BYTES: u32 = std::mem::offset_of!(RawNetHeader, buffers) as u32;
+/// Where in its place a frame begins. Before it is its header, or, when that has been read, room for a VLAN tag.
+const FRAME_AT: usize = 16;
+const READ_AT: usize = FRAME_AT - HEADER_BYTES as usize;
+const READ_BYTES: usize = PLACE_BYTES - READ_AT;
+const _: () = assert!(PLACE_BYTES >= FRAME_AT + FRAME_BYTES_MAX as usize && FRAME_AT >= VLAN_TAG_BYTES as usize);
+/// The two addresses of an Ethernet frame; a VLAN tag follows.
+const ADDRESSES_BYTES: usize = 12;
 
 const FILE: types::Fixed = types::Fixed(0);
 /// What an entry is, beside its number in the burst; a poll's has the descriptor's epoch above it.
@@ -42,13 +57,116 @@ const REMOVAL: u64 = 3 << 8;
 const KIND: u64 = 0xff << 8;
 const EPOCH_SHIFT: u32 = 16;
 
+/// Where a read begins, in the place of a frame.
+#[inline]
+fn read_place(slab: &Slab, number: usize) -> *mut u8 {
+    // Within the place, which is longer.
+    slab.place(number).wrapping_add(READ_AT)
+}
+
+/// What a queue needs of the interface that it belongs to.
+pub(super) trait Port: Send + Sync {
+    /// For people: "the tap dray0".
+    fn describe(&self) -> String;
+
+    /// Has frames come to a descriptor, or not: then what waits in it is thrown away. It may be called again when it failed.
+    fn attach(&self, file: &Arc<OwnedFd>, attached: bool) -> Result<(), Errno>;
+
+    /// From now on the kernel leaves no more undone, if it can be told so.
+    fn leave_undone(&self, offloads: Offloads);
+}
+
+/// Where a channel finds a new descriptor, if its old one is dead.
+pub(super) struct Slot {
+    /// Goes up when there is one.
+    epoch: AtomicU32,
+    fresh: Mutex<Option<OwnedFd>>,
+    /// Wakes its reactor.
+    wake: Arc<EventFd>,
+}
+
+impl Slot {
+    fn fresh(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn give(&self, file: OwnedFd) {
+        *self.fresh() = Some(file);
+        self.epoch.fetch_add(1, Ordering::Release);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// What kind of descriptor it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    /// A queue of a tap.
+    Tap,
+    /// A packet socket.
+    Socket,
+}
+
+/// What the kernel says beside a frame: `struct cmsghdr` with `struct tpacket_auxdata`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Beside {
+    length: usize,
+    level: libc::c_int,
+    kind: libc::c_int,
+    status: u32,
+    bytes: u32,
+    captured_bytes: u32,
+    mac_at: u16,
+    network_at: u16,
+    tag: u16,
+    tag_protocol: u16,
+}
+const BESIDE_BYTES: usize = std::mem::offset_of!(Beside, tag_protocol) + 2;
+
+impl Beside {
+    /// The VLAN tag as it stands in a frame, if there is one.
+    fn tag(&self) -> Option<[u8; VLAN_TAG_BYTES as usize]> {
+        let there = self.length >= BESIDE_BYTES && (self.level, self.kind) == (libc::SOL_PACKET, libc::PACKET_AUXDATA);
+        if !there || self.status & libc::TP_STATUS_VLAN_VALID == 0 {
+            return None;
+        }
+        let is_known = self.status & libc::TP_STATUS_VLAN_TPID_VALID != 0;
+        let protocol = if is_known { self.tag_protocol } else { libc::ETH_P_8021Q as u16 };
+        let ([a, b], [c, d]) = (protocol.to_be_bytes(), self.tag.to_be_bytes());
+        Some([a, b, c, d])
+    }
+}
+
+/// A read of a message: its parts lead to each other, so they stay where they are.
+struct Message {
+    header: libc::msghdr,
+    range: libc::iovec,
+    beside: Beside,
+}
+
+fn messages(slab: &Slab) -> Box<[Message]> {
+    let message = |number| Message {
+        // SAFETY: a message's header is plain data.
+        header: unsafe { std::mem::zeroed() },
+        range: libc::iovec { iov_base: read_place(slab, number).cast(), iov_len: READ_BYTES },
+        beside: Beside::default(),
+    };
+    let mut messages: Box<[Message]> = (0..BURST).map(message).collect();
+    for Message { header, range, beside } in &mut messages {
+        header.msg_iov = range;
+        header.msg_iovlen = 1;
+        header.msg_control = std::ptr::from_mut(beside).cast();
+    }
+    messages
+}
+
 /// One queue.
-pub(super) struct TapQueue {
-    device: Arc<Device>,
+pub(super) struct KernelQueue {
+    port: Arc<dyn Port>,
     slot: Arc<Slot>,
     /// The slot's number when its descriptor was taken.
     epoch: u32,
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     ring: Ring,
     /// `RWF_NOWAIT`, where a tap knows it. Where it does not, the ring does not wait for a descriptor that does not block.
     nowait: i32,
@@ -62,6 +180,10 @@ pub(super) struct TapQueue {
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
     slab: Slab,
+    /// Reads of a burst of a socket; a tap has none.
+    messages: Box<[Message]>,
+    /// What a socket sends in one burst; a tap has none.
+    sends: Box<[libc::mmsghdr]>,
     /// What was read, and how much of that is done with.
     frames: Vec<Incoming>,
     released: usize,
@@ -75,18 +197,26 @@ pub(super) struct TapQueue {
 }
 
 // SAFETY: the pointers lead to memory of this channel, or are only looked at while `transmit` runs.
-unsafe impl Send for TapQueue {}
+unsafe impl Send for KernelQueue {}
 
-impl TapQueue {
-    pub(super) fn new(device: Arc<Device>, file: OwnedFd) -> Result<Self, BackendError> {
-        let ring = Ring::new(file.as_fd(), ENTRIES, "a tap")?;
+impl KernelQueue {
+    /// A queue of `port` on a descriptor that does not block and is not attached.
+    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind) -> Result<Self, BackendError> {
+        let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
+        let ring = Ring::new(file.as_fd(), ENTRIES, user)?;
+        let slab = Slab::new();
+        let (messages, sends) = match kind {
+            Kind::Tap => Default::default(),
+            // SAFETY: a message's header is plain data.
+            Kind::Socket => (messages(&slab), vec![unsafe { std::mem::zeroed() }; BURST].into()),
+        };
         let nowait = if knows_nowait(&file) { libc::RWF_NOWAIT } else { 0 };
         let slot = Slot { epoch: AtomicU32::new(0), fresh: Mutex::new(None), wake: ring.wake() };
         Ok(Self {
-            device,
+            port,
             slot: Arc::new(slot),
             epoch: 0,
-            file,
+            file: Arc::new(file),
             ring,
             nowait,
             enabled: false,
@@ -94,7 +224,9 @@ impl TapQueue {
             polled: false,
             readable: false,
             waits_for_room: false,
-            slab: Slab::new(),
+            slab,
+            messages,
+            sends,
             frames: Vec::with_capacity(BURST),
             released: 0,
             burst: 1,
@@ -107,6 +239,10 @@ impl TapQueue {
 
     pub(super) const fn slot(&self) -> &Arc<Slot> {
         &self.slot
+    }
+
+    pub(super) const fn file(&self) -> &Arc<OwnedFd> {
+        &self.file
     }
 
     /// Takes a new descriptor if there is one.
@@ -135,7 +271,7 @@ impl TapQueue {
             self.broken(&error);
         }
         self.epoch = epoch;
-        self.file = fresh;
+        self.file = Arc::new(fresh);
         self.polled = false;
         self.readable = false;
         self.waits_for_room = false;
@@ -147,20 +283,20 @@ impl TapQueue {
 
     #[cold]
     fn attach(&mut self) {
-        match device::attach(&self.file, true) {
+        match self.port.attach(&self.file, true) {
             Ok(()) => {
                 self.attached = true;
                 self.readable = true;
             }
             // It was deleted. Whoever watches it brings a new one.
-            Err(errno) => tracing::debug!(tap = %self.device.name, "a queue cannot be attached: {errno}"),
+            Err(errno) => tracing::debug!("a queue of {} cannot be attached: {errno}", self.port.describe()),
         }
     }
 
     /// The ring was made with all that it is asked for, so a refusal is a fault of ours.
     #[cold]
     fn broken(&self, error: &std::io::Error) -> ! {
-        panic!("io_uring of the tap {}: {error}", self.device.name);
+        panic!("io_uring of {}: {error}", self.port.describe());
     }
 
     /// Queues what points to no memory.
@@ -258,16 +394,15 @@ impl TapQueue {
             self.push_poll(POLL_IN, libc::POLLIN, true);
         }
         for number in 0..count {
-            let read =
-                opcode::Read::new(FILE, self.slab.place(number), PLACE_BYTES as u32).rw_flags(self.nowait).build();
-            // SAFETY: the place is ours, holds no frame that is still handed over, and `run` waits until the read has ended.
-            unsafe { self.ring.push(&read.user_data(number as u64)) };
+            self.push_read(number);
         }
         self.run(count);
         let mut come = 0;
         for number in 0..count {
-            if let Ok(bytes) = u32::try_from(self.results[number]) {
-                come += 1;
+            let result = self.results[number];
+            // What failed for another reason than that there was nothing may have others behind it; not so with a dead descriptor.
+            come += usize::from(!matches!(-result, libc::EAGAIN | libc::EBADFD));
+            if let Ok(bytes) = u32::try_from(result) {
                 self.accept(number, bytes);
             }
         }
@@ -279,21 +414,56 @@ impl TapQueue {
         }
     }
 
+    #[inline]
+    fn push_read(&mut self, number: usize) {
+        let entry = if let Some(message) = self.messages.get_mut(number) {
+            message.header.msg_controllen = size_of::<Beside>();
+            message.beside.length = 0;
+            opcode::RecvMsg::new(FILE, &raw mut message.header).flags(libc::MSG_DONTWAIT as u32).build()
+        } else {
+            let place = read_place(&self.slab, number);
+            opcode::Read::new(FILE, place, READ_BYTES as u32).rw_flags(self.nowait).build()
+        };
+        // SAFETY: the place and the message are ours, the place holds no frame that is still handed over, and `run` waits until the
+        // read has ended.
+        unsafe { self.ring.push(&entry.user_data(number as u64)) };
+    }
+
     /// Takes what was read to a place, if it is a frame.
     #[inline]
     fn accept(&mut self, number: usize, bytes: u32) {
-        let Some(length) = bytes.checked_sub(HEADER_BYTES) else { return };
-        if !(ETHERNET_BYTES..=FRAME_BYTES_MAX).contains(&length) {
+        let Some(read_bytes) = bytes.checked_sub(HEADER_BYTES) else { return };
+        let tag = self.messages.get(number).and_then(|message| message.beside.tag());
+        let length = read_bytes + if tag.is_some() { VLAN_TAG_BYTES } else { 0 };
+        if read_bytes < ETHERNET_BYTES || length > FRAME_BYTES_MAX {
             return;
         }
-        let place = self.slab.place(number).cast_const();
         // SAFETY: the place has room for a header, which nobody writes now.
-        let raw = unsafe { std::slice::from_raw_parts(place, HEADER_BYTES as usize) };
-        let Ok(raw) = RawNetHeader::read_from_bytes(raw) else { return };
+        let read = unsafe { std::slice::from_raw_parts(read_place(&self.slab, number), HEADER_BYTES as usize) };
+        let mut raw = RawNetHeader::default();
+        raw.as_mut_bytes()[..HEADER_BYTES as usize].copy_from_slice(read);
+        if let Some(tag) = tag {
+            self.put_tag_back(number, tag);
+            move_behind_tag(&mut raw);
+        }
+        let start = FRAME_AT - (length - read_bytes) as usize;
         // All is allowed here: what a driver did not ask for may have waited since before it asked, and is its lane's to refuse.
         let Ok(header) = NetHeader::parse(&raw, length, Offloads::ALL) else { return };
         // SAFETY: the kernel wrote so many bytes, and the place is read to again only when all frames are released.
-        self.frames.push(unsafe { Incoming::new(header, place.add(HEADER_BYTES as usize), length) });
+        self.frames.push(unsafe { Incoming::new(header, self.slab.place(number).add(start), length) });
+    }
+
+    /// Puts a VLAN tag into the frame that was read to a place: the addresses before it move up, over the header.
+    #[cold]
+    fn put_tag_back(&mut self, number: usize, tag: [u8; VLAN_TAG_BYTES as usize]) {
+        let start = FRAME_AT - VLAN_TAG_BYTES as usize;
+        // SAFETY: the place has room for the addresses and the tag, and nobody else looks at it now.
+        let bytes = unsafe {
+            let length = ADDRESSES_BYTES + VLAN_TAG_BYTES as usize;
+            std::slice::from_raw_parts_mut(self.slab.place(number).add(start), length)
+        };
+        bytes.copy_within(VLAN_TAG_BYTES as usize.., 0);
+        bytes[ADDRESSES_BYTES..].copy_from_slice(&tag);
     }
 
     /// The ranges of a burst, each frame's behind its header's; where each frame's begin.
@@ -312,15 +482,47 @@ impl TapQueue {
         starts
     }
 
+    /// Sends a burst by a socket: a frame that the kernel refuses is passed over, one that finds no room is the last one tried.
+    #[inline]
+    fn send(&mut self, count: usize, starts: &[usize; BURST + 1]) {
+        for number in 0..count {
+            let ranges = &mut self.ranges[starts[number]..starts[number + 1]];
+            self.sends[number].msg_hdr.msg_iov = ranges.as_mut_ptr();
+            self.sends[number].msg_hdr.msg_iovlen = ranges.len();
+        }
+        let mut done = 0;
+        while done < count {
+            let rest = &mut self.sends[done..count];
+            let (list, length) = (rest.as_mut_ptr(), rest.len() as libc::c_uint);
+            // SAFETY: the list, its lists and the headers are ours, and the frames' memory is readable while `transmit` runs.
+            let sent = unsafe { libc::sendmmsg(self.file.as_raw_fd(), list, length, libc::MSG_DONTWAIT) };
+            if let Some(sent @ 1..) = usize::try_from(sent).ok() {
+                self.results[done..done + sent].fill(0);
+                done += sent;
+                continue;
+            }
+            let result = -Errno::last_raw();
+            if is_full(result) {
+                self.results[done..count].fill(result);
+                return;
+            }
+            self.results[done] = result;
+            done += 1;
+        }
+    }
+
     #[inline]
     fn write(&mut self, count: usize, starts: &[usize; BURST + 1]) {
+        if !self.sends.is_empty() {
+            return self.send(count, starts);
+        }
         for number in 0..count {
             let list = self.ranges[starts[number]..starts[number + 1]].as_ptr();
             let length = starts[number + 1] - starts[number];
             if count < RING_FRAMES {
                 // SAFETY: the list and the header are ours, and the frame's memory is readable while `transmit` runs.
                 let result = unsafe { libc::writev(self.file.as_raw_fd(), list, length as libc::c_int) };
-                self.results[number] = if result < 0 { -nix::errno::Errno::last_raw() } else { result as i32 };
+                self.results[number] = if result < 0 { -Errno::last_raw() } else { result as i32 };
             } else {
                 let write = opcode::Writev::new(FILE, list, length as u32).rw_flags(self.nowait).build();
                 // SAFETY: as above, and `run` waits until the write has ended.
@@ -337,9 +539,20 @@ impl TapQueue {
     #[inline]
     fn tally(&self, count: usize) -> Sent {
         let results = &self.results[..count];
-        let is_full = |result: &i32| matches!(-*result, libc::EAGAIN | libc::EINTR);
-        let taken = results.iter().rposition(|result| !is_full(result)).map_or(0, |last| last + 1);
+        let taken = results.iter().rposition(|result| !is_full(*result)).map_or(0, |last| last + 1);
         Sent { taken, lost: results[..taken].iter().filter(|result| **result < 0).count() }
+    }
+}
+
+/// Whether a frame found no room.
+const fn is_full(result: i32) -> bool {
+    matches!(-result, libc::EAGAIN | libc::EINTR)
+}
+
+/// A header that speaks of a frame without its VLAN tag, made to speak of the frame with it.
+fn move_behind_tag(raw: &mut RawNetHeader) {
+    for place in [&mut raw.checksum_start, &mut raw.header_bytes] {
+        *place = u16::from_le(*place).saturating_add(VLAN_TAG_BYTES as u16).to_le();
     }
 }
 
@@ -349,10 +562,19 @@ fn knows_nowait(file: &OwnedFd) -> bool {
     let range = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     // SAFETY: one range of one byte of ours.
     let result = unsafe { libc::preadv2(file.as_raw_fd(), &raw const range, 1, -1, libc::RWF_NOWAIT) };
-    result >= 0 || nix::errno::Errno::last() != nix::errno::Errno::EOPNOTSUPP
+    result >= 0 || Errno::last() != Errno::EOPNOTSUPP
 }
 
-impl NetChannel for TapQueue {
+impl Drop for KernelQueue {
+    fn drop(&mut self) {
+        // What the ring still has under way keeps the descriptor open for a while.
+        if self.attached {
+            let _ = self.port.attach(&self.file, false);
+        }
+    }
+}
+
+impl NetChannel for KernelQueue {
     fn enable(&mut self, enabled: bool) {
         self.follow();
         self.enabled = enabled;
@@ -360,9 +582,9 @@ impl NetChannel for TapQueue {
             self.attach();
         } else if !enabled {
             if self.attached
-                && let Err(errno) = device::attach(&self.file, false)
+                && let Err(errno) = self.port.attach(&self.file, false)
             {
-                tracing::debug!(tap = %self.device.name, "a queue cannot be detached: {errno}");
+                tracing::debug!("a queue of {} cannot be detached: {errno}", self.port.describe());
             }
             self.attached = false;
             self.frames.clear();
@@ -371,7 +593,7 @@ impl NetChannel for TapQueue {
     }
 
     fn leave_undone(&mut self, offloads: Offloads) {
-        self.device.leave_undone(offloads);
+        self.port.leave_undone(offloads);
     }
 
     #[inline]
