@@ -27,6 +27,7 @@ pub mod config;
 pub mod metrics;
 pub mod address;
 pub mod clock;
+mod asleep;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;

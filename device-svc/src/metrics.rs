@@ -112,12 +112,24 @@ pub enum DropReason {
     LinkDown,
     /// Sent: the uplink had no room, or took the frame and could do nothing with it.
     UplinkFull,
+    /// Sent: it comes from an address or is in a VLAN that is not the guest's (`anti-spoofing`).
+    Spoofed,
+    /// Received: the guest had put out no buffers, and what waits for it on the card was full.
+    NoBuffers,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 6] =
-        [Self::TooLong, Self::BadHeader, Self::NotForUs, Self::Offload, Self::LinkDown, Self::UplinkFull];
+    pub const ALL: [Self; 8] = [
+        Self::TooLong,
+        Self::BadHeader,
+        Self::NotForUs,
+        Self::Offload,
+        Self::LinkDown,
+        Self::UplinkFull,
+        Self::Spoofed,
+        Self::NoBuffers,
+    ];
 
     /// The reason's name in metrics and statistics.
     #[must_use]
@@ -129,6 +141,8 @@ impl DropReason {
             Self::Offload => "offload",
             Self::LinkDown => "link_down",
             Self::UplinkFull => "uplink_full",
+            Self::Spoofed => "spoofed",
+            Self::NoBuffers => "no_buffers",
         }
     }
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tests::{
     Capture, Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process, network_rig, wait_for,
@@ -48,6 +49,11 @@ queue-pairs = {pairs}
 
     /// Boots a guest whose interface is set up; then it runs `job`.
     fn boot(&self, job: &str) -> Process {
+        self.boot_for(job, 0)
+    }
+
+    /// The same for a guest that keeps a file of so many MiB in its memory, and moves it many times.
+    fn boot_for(&self, job: &str, file_mib: u32) -> Process {
         let path = self.card.path("f.sock");
         let path = path.display();
         let job = format!(
@@ -66,7 +72,10 @@ queue-pairs = {pairs}
             "vfio-user" => vec!["-device", &vfio, "-smp", "2"],
             _ => vec!["-chardev", &chardev, "-netdev", &netdev, "-device", &device, "-smp", "2"],
         };
-        GuestSettings::new(self.card.folder(), &job, &arguments).boot()
+        let settings = GuestSettings::new(self.card.folder(), &job, &arguments);
+        // Half of a guest's memory is for files; a MiB takes seconds at worst, 32 times over.
+        let limit = settings.limit + Duration::from_secs(20) * file_mib;
+        GuestSettings { memory_mib: settings.memory_mib + 4 * file_mib, limit, ..settings }.boot()
     }
 
     /// What each queue of one way counted of `what`; `receive` or `transmit`.
@@ -78,6 +87,12 @@ queue-pairs = {pairs}
         let pairs = usize::from(self.pairs);
         queues[..pairs * 2].iter().skip(first).step_by(2).map(|queue| queue[way][what].as_u64().unwrap()).collect()
     }
+}
+
+/// A report that a guest printed.
+fn report(output: &str, name: &str) -> IperfReport {
+    let text = output.split(&format!("REPORT {name}\r\n")).nth(1).unwrap();
+    IperfReport::parse(text.split("REPORT").next().unwrap())
 }
 
 const LINKS: [&str; 2] = ["vhost-user", "vfio-user"];
@@ -100,7 +115,8 @@ fn a_guest_talks_to_the_network() {
             iperf3 --json -n 8M --reverse --client {OWN} >/tmp/in
             iperf3 --json -n 4M --client 2001:db8::1 >/tmp/six
             iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
-            for report in out in six udp; do echo REPORT $report; cat /tmp/$report; done
+            iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
+            for report in out in six udp udp-in; do echo REPORT $report; cat /tmp/$report; done
             ip.iproute2 -s link show eth0
             iperf3 --server --one-off >/tmp/server &
             until grep -q ':1451 [0:]* 0A' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
@@ -108,14 +124,20 @@ fn a_guest_talks_to_the_network() {
             wait"
         ));
         guest.wait_for_output("SERVES");
-        let report = IperfReport::measure(&lab.namespace, GUEST, &["-n", "8M"]);
-        assert!(report.received_bytes >= 8 << 20, "{link}: {report:?}");
+        let measured = IperfReport::measure(&lab.namespace, GUEST, &["-n", "8M"]);
+        assert!(measured.received_bytes >= 8 << 20, "{link}: {measured:?}");
         let output = guest.succeed();
         assert_eq!(output.matches(" 0% packet loss").count(), 3, "{link}: {output}");
         for (name, bytes) in [("out", 8 << 20), ("in", 8 << 20), ("six", 4 << 20)] {
-            let text = output.split(&format!("REPORT {name}\r\n")).nth(1).unwrap();
-            let report = IperfReport::parse(text.split("REPORT").next().unwrap());
+            let report = report(&output, name);
             assert!(report.received_bytes >= bytes, "{link}, {name}: {report:?}");
+        }
+        for name in ["udp", "udp-in"] {
+            let report = report(&output, name);
+            assert!(
+                report.datagrams > 1400 && report.datagrams_lost < report.datagrams / 2,
+                "{link}, {name}: {report:?}"
+            );
         }
         assert!(server.process().is_running());
         let sent: u64 = lab.counted("bytes", "transmit").iter().sum();
@@ -149,7 +171,8 @@ fn both_queue_pairs_carry_traffic() {
 #[test]
 fn a_file_arrives_bit_exact_whatever_is_left_undone() {
     let Some(rig) = network_rig() else { return };
-    let bytes = tests::rounds(1, 4, 100) as usize * (1 << 20);
+    let mib = tests::rounds(1, 4, 100);
+    let bytes = mib as usize * (1 << 20);
     for link in LINKS {
         let lab = Lab::new(&rig, link, 1);
         let mut expected = Vec::with_capacity(bytes);
@@ -187,10 +210,10 @@ fn a_file_arrives_bit_exact_whatever_is_left_undone() {
                 nc {OWN} 7001 </tmp/file
             done; done; done; done; echo ALL"
         );
-        let output = lab.boot(&job).succeed();
+        let output = lab.boot_for(&job, mib).succeed();
         assert!(output.contains("ALL"), "{output}");
         for number in 0..16 {
-            assert!(taken.recv_timeout(std::time::Duration::from_secs(60)).unwrap(), "{link}: file {number} differs");
+            assert!(taken.recv_timeout(Duration::from_secs(60)).unwrap(), "{link}: file {number} differs");
         }
     }
 }

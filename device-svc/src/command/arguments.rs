@@ -25,7 +25,7 @@ const NETS: &str = "Options of type net";
 ///
 /// device-svc runs on the card. It shows block devices and network interfaces to virtual machines (over vhost-user or vfio-user
 /// sockets), polls their virtqueues, and forwards every request to a volume's storage (an NBD server, a file or block device, or
-/// memory) and every frame to an uplink's network (a tap, or an interface of the card's).
+/// memory) and every frame to an uplink's network (a tap, an interface of the card's, a tunnel, a switch).
 ///
 /// `device-svc serve` runs the card; the other commands ask a card that runs, over its control socket.
 #[derive(Parser, Debug)]
@@ -151,6 +151,8 @@ pub(crate) struct Named {
       --link vhost-user,socket=/run/dray/vm1-disk0.sock,mode=server,socket-mode=0660,payload=in-place
   device-svc function create --type net --name vm1-net0 --uplink wan --mac 52:54:00:12:34:56 --queue-pairs 2 \\
       --link vfio-user,socket=/run/dray/vm1-net0.sock
+  device-svc function create --type net --name vm2-net0 --uplink lan --vlan 20 --anti-spoofing mac=true,ip=10.0.0.5,,fd00::5 \\
+      --link vhost-user,socket=/run/dray/vm2-net0.sock
 
 A disk (blk) needs a --volume, a network interface (net) an --uplink.")]
 pub(crate) struct FunctionCreate {
@@ -205,6 +207,16 @@ pub(crate) struct FunctionCreate {
     /// Pairs of a receive and a transmit queue, 1 to 128 [default: 1]
     #[arg(long, value_name = "COUNT", help_heading = NETS)]
     pub(crate) queue_pairs: Option<String>,
+    /// Whether its driver may say which flow goes to which queue pair, and be told each frame's hash (vfio-user) [default: false]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = NETS)]
+    pub(crate) rss: Option<String>,
+    /// On a switch: the VLAN of its port, 1 to 4094 [default: all VLANs, tagged]
+    #[arg(long, value_name = "VLAN", help_heading = NETS)]
+    pub(crate) vlan: Option<String>,
+    /// What its VM may say it is: mac=true|false[,vlan=VLAN,,VLAN…][,ip=ADDRESS,,ADDRESS…]. Frames with another source, another VLAN's
+    /// tag or another IP address are dropped and counted [default: anything]
+    #[arg(long, value_name = "KEY=VALUE,…", help_heading = NETS)]
+    pub(crate) anti_spoofing: Option<String>,
     #[command(flatten)]
     pub(crate) ask: Ask,
 }
@@ -337,16 +349,21 @@ pub(crate) enum UplinkCommand {
   device-svc uplink create --name blue --backend tap,name=dray0,netns=blue,mtu=9000
   device-svc uplink create --name wire --backend af-packet,interface=eth1
   device-svc uplink create --name fast --backend af-xdp,interface=eth1,queues=2
+  device-svc uplink create --name far --backend vxlan,vni=42,local=10.9.0.1,remote=10.9.0.2,,10.9.0.3
+  device-svc uplink create --name lan --backend switch,uplink=wan
   device-svc uplink create --name bench --backend loopback
 
 A tap interface that is not there is made; any other interface, and the network namespace, must be there (`ip netns add blue`).
-af-packet leaves the interface to the card's stack as well; af-xdp has all that comes by the queues that a VM uses.")]
+af-packet leaves the interface to the card's stack as well; af-xdp has all that comes by the queues that a VM uses.
+A tunnel's own address must be on an interface; a comma within a value is written twice.")]
 pub(crate) struct UplinkCreate {
     /// Its name on this card
     #[arg(long)]
     pub(crate) name: String,
     /// The network behind it: tap,name=INTERFACE[,netns=NAME][,mtu=BYTES] | af-packet,interface=INTERFACE[,netns=NAME] |
-    /// af-xdp,interface=INTERFACE[,netns=NAME][,queues=NUMBER] | loopback (what is sent comes back) | null (what is sent is dropped)
+    /// af-xdp,interface=INTERFACE[,queues=COUNT][,netns=NAME] | vxlan,vni=NUMBER,local=ADDRESS[,remote=ADDRESS,,ADDRESS…]
+    /// [,mtu=BYTES][,port=PORT][,netns=NAME][,learn=listed|any|none] | geneve,… (the same) | switch[,uplink=NAME] (functions reach
+    /// each other, and another uplink if one is named) | loopback (what is sent comes back) | null (what is sent is dropped)
     #[arg(long, value_name = "TYPE,KEY=VALUE,…")]
     pub(crate) backend: String,
     #[command(flatten)]

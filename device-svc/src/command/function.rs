@@ -56,6 +56,9 @@ fn create(create: FunctionCreate) -> Result<()> {
         .with("mac", create.mac)
         .with("mtu", create.mtu)
         .with("queue-pairs", create.queue_pairs)
+        .with("rss", create.rss)
+        .with("vlan", create.vlan)
+        .with_table("anti-spoofing", create.anti_spoofing.as_deref())?
         .with_typed_table("link", Some(&create.link))?
         .with_limit(create.limit.as_deref())?
         .function(&current_folder()?)?;

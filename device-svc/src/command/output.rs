@@ -204,6 +204,13 @@ pub(crate) fn function_json(function: &v1::Function) -> Value {
             "mac": settings.mac,
             "mtu": settings.mtu,
             "queue-pairs": settings.queue_pairs,
+            "rss": settings.rss,
+            "vlan": positive(settings.vlan.into()),
+            "anti-spoofing": settings.anti_spoofing.map_or(Value::Null, |config| json!({
+                "mac": config.mac,
+                "vlan": config.vlans.map(|list| list.vlans),
+                "ip": config.addresses.map(|list| list.addresses),
+            })),
             "link-state": if is_up(link) { "up" } else { "down" },
             "link-set": if link.set_up { "up" } else { "down" },
             "carrier": link.carrier,
@@ -248,6 +255,8 @@ pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
             let value = json!({ "type": "tap", "name": tap.name, "netns": tap.netns, "mtu": tap.mtu });
             (format!("tap,name={}{netns}{mtu}", tap.name), without_nulls(value))
         }
+        Some(Kind::Vxlan(tunnel)) => self::tunnel("vxlan", tunnel),
+        Some(Kind::Geneve(tunnel)) => self::tunnel("geneve", tunnel),
         Some(Kind::AfPacket(packet)) => {
             let netns = packet.netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
             let value = json!({ "type": "af-packet", "interface": packet.interface, "netns": packet.netns });
@@ -260,7 +269,31 @@ pub(crate) fn network(backend: Option<&v1::UplinkBackend>) -> (String, Value) {
                 json!({ "type": "af-xdp", "interface": xdp.interface, "netns": xdp.netns, "queues": xdp.queues });
             (format!("af-xdp,interface={}{netns}{queues}", xdp.interface), without_nulls(value))
         }
+        Some(Kind::Switch(v1::SwitchUplink { uplink })) => {
+            let on = uplink.as_ref().map(|uplink| format!(",uplink={uplink}")).unwrap_or_default();
+            (format!("switch{on}"), without_nulls(json!({ "type": "switch", "uplink": uplink })))
+        }
     }
+}
+
+fn tunnel(kind: &str, tunnel: &v1::TunnelUplink) -> (String, Value) {
+    let v1::TunnelUplink { vni, local, remote, mtu, port, netns, learn } = tunnel;
+    let mut text = format!("{kind},vni={},local={local}", vni.unwrap_or_default());
+    let number = |key: &str, value: &Option<u32>| value.map(|value| format!(",{key}={value}")).unwrap_or_default();
+    if !remote.is_empty() {
+        // A comma within a value, as options write it.
+        text += &format!(",remote={}", remote.join(",,"));
+    }
+    text += &number("mtu", mtu);
+    text += &number("port", port);
+    text += &netns.as_ref().map(|netns| format!(",netns={netns}")).unwrap_or_default();
+    if !learn.is_empty() {
+        text += &format!(",learn={learn}");
+    }
+    let value = json!({
+        "type": kind, "vni": vni, "local": local, "remote": remote, "mtu": mtu, "port": port, "netns": netns, "learn": learn,
+    });
+    (text, without_nulls(value))
 }
 
 /// How many functions an uplink serves; `None` where nothing limits that.
@@ -280,13 +313,14 @@ pub(crate) fn uplink_json(uplink: &v1::Uplink) -> Value {
         "queue-pairs-max": uplink.queue_pairs_max,
         "functions-max": functions_max(uplink),
         "functions": uplink.functions,
+        "uplinks": uplink.uplinks,
     })
 }
 
 /// An uplink, one key a line.
 pub(crate) fn uplink_text(uplink: &v1::Uplink) -> String {
     let settings = uplink.settings.clone().unwrap_or_default();
-    let functions = if uplink.functions.is_empty() { "none".to_owned() } else { uplink.functions.join(", ") };
+    let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     lines(&[
         ("name", settings.name),
         ("backend", network(settings.backend.as_ref()).0),
@@ -294,7 +328,8 @@ pub(crate) fn uplink_text(uplink: &v1::Uplink) -> String {
         ("mtu-max", uplink.mtu_max.to_string()),
         ("queue-pairs-max", uplink.queue_pairs_max.to_string()),
         ("functions-max", functions_max(uplink).map_or_else(|| "no limit".to_owned(), |most| most.to_string())),
-        ("functions", functions),
+        ("functions", list(&uplink.functions)),
+        ("uplinks", list(&uplink.uplinks)),
     ])
 }
 
@@ -361,12 +396,25 @@ pub(crate) fn function_text(function: &v1::Function) -> String {
             ("mac", settings.mac),
             ("mtu", settings.mtu.to_string()),
             ("queue-pairs", settings.queue_pairs.to_string()),
+            ("rss", settings.rss.to_string()),
+            ("vlan", if settings.vlan == 0 { "all".to_owned() } else { settings.vlan.to_string() }),
+            ("anti-spoofing", anti_spoofing_text(settings.anti_spoofing)),
             ("queue-size", queue_size),
             ("packed", packed),
             ("limit", limit),
         ]),
     }
     lines(&pairs)
+}
+
+/// What a VM may say it is, as an option takes it.
+fn anti_spoofing_text(config: Option<v1::AntiSpoofing>) -> String {
+    let Some(v1::AntiSpoofing { mac, vlans, addresses }) = config else { return "none".to_owned() };
+    let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join(",,"));
+    let addresses = addresses.map(|list| list.addresses.join(",,"));
+    let given =
+        [("vlan", vlans), ("ip", addresses)].into_iter().filter_map(|(key, list)| Some(format!(",{key}={}", list?)));
+    format!("mac={mac}{}", given.collect::<String>())
 }
 
 fn lines(pairs: &[(&str, String)]) -> String {

@@ -54,7 +54,7 @@ fn function_json(function: &FunctionConfig) -> Value {
         DeviceConfig::Blk(blk) => json!({ "name": name, "type": "blk", "volume": blk.volume, "link": link }),
         DeviceConfig::Net(net) => json!({
             "name": name, "type": "net", "uplink": net.uplink, "mac": net.mac.to_string(), "mtu": net.mtu,
-            "queue-pairs": net.queue_pairs, "link": link,
+            "queue-pairs": net.queue_pairs, "rss": net.rss, "vlan": net.vlan, "link": link,
         }),
     }
 }

@@ -120,6 +120,33 @@ impl Table<'_> {
         }
     }
 
+    /// A list, each item of which `parse` reads as text; options write commas between them.
+    pub(super) fn list<T>(
+        &self,
+        key: &str,
+        field: &Field,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<Vec<T>>, Fault> {
+        let items: Vec<String> = match field.as_ref().map(Spanned::get_ref) {
+            None => return Ok(None),
+            Some(Value::Array(items)) => items
+                .iter()
+                .map(|item| match item {
+                    Value::String(text) => text.clone(),
+                    other => other.to_string(),
+                })
+                .collect(),
+            Some(Value::String(text)) if self.reading.from_options => {
+                text.split(',').filter(|item| !item.is_empty()).map(str::to_owned).collect()
+            }
+            Some(other) => {
+                return Err(self.fault_at(key, field, format_args!("{other} is not a list; write it in brackets")));
+            }
+        };
+        let items = items.iter().map(|item| parse(item)).collect::<Result<_, _>>();
+        items.map(Some).map_err(|message| self.fault_at(key, field, message))
+    }
+
     /// A size or a rate in bytes, not 0.
     pub(super) fn size(&self, key: &str, field: &Field) -> Result<Option<u64>, Fault> {
         let size = match field.as_ref().map(Spanned::get_ref) {

@@ -184,6 +184,10 @@ pub(super) fn function(raw: Spanned<RawFunction>, reading: Reading<'_>) -> Resul
         Type::Blk => DeviceConfig::Blk(blk(&table, &raw, queue_size)?),
         Type::Net => DeviceConfig::Net(net(&table, &raw, &name)?),
     };
+    if matches!((&device, link.kind), (DeviceConfig::Net(NetConfig { rss: true, .. }), LinkKind::VhostUser { .. })) {
+        let message = "over vhost-user the VMM keeps the driver's commands to itself; remove it, or give a link of type \"vfio-user\"";
+        return Err(table.fault_at("rss", &raw.rss, message));
+    }
     Ok(FunctionConfig { name, link, queue_size, packed, device })
 }
 
@@ -203,6 +207,10 @@ pub(super) fn named(
 
 /// Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
 fn refuse_other_keys(table: &Table<'_>, raw: &RawFunction, kind: Type) -> Result<(), Fault> {
+    if let (Type::Blk, Some(table_of_net)) = (kind, &raw.anti_spoofing) {
+        let message = format!("{}: `anti-spoofing`: only a function of type \"net\" has it; remove it", table.place);
+        return Err(Fault { span: table_of_net.span(), message });
+    }
     let (other, keys): (_, &[(&str, &Field, &str)]) = match kind {
         Type::Blk => (
             "net",
@@ -211,6 +219,8 @@ fn refuse_other_keys(table: &Table<'_>, raw: &RawFunction, kind: Type) -> Result
                 ("mac", &raw.mac, "remove it"),
                 ("mtu", &raw.mtu, "remove it"),
                 ("queue-pairs", &raw.queue_pairs, "write `queues`"),
+                ("rss", &raw.rss, "remove it"),
+                ("vlan", &raw.vlan, "remove it"),
             ],
         ),
         Type::Net => (

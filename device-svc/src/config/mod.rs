@@ -8,6 +8,7 @@
 //! Every error is one line: file, line and column, the volume, uplink or function, the key, what is wrong, what to write instead.
 
 mod address;
+mod anti_spoofing;
 mod blk;
 mod field;
 mod function;
@@ -22,6 +23,7 @@ pub mod quantity;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod uplink;
 mod volume;
 
@@ -32,6 +34,7 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 
 pub use address::{ControlAddress, default_control_address};
+pub use anti_spoofing::AntiSpoofingConfig;
 pub use blk::{BlkConfig, SEG_MAX_DEFAULT};
 pub use function::{DeviceConfig, FunctionConfig};
 pub use limit::{BURST_DEFAULT, LimitConfig, LimitGroupConfig, NetLimitConfig};
@@ -39,6 +42,7 @@ pub use link::{LinkConfig, LinkKind, NotifyConfig, PayloadConfig, SocketMode};
 pub use mac::MacAddress;
 pub use net::{MTU_DEFAULT, NetChange, NetConfig};
 pub use options::Options;
+pub use tunnel::{LearnConfig, TunnelConfig};
 pub use uplink::{AfPacketConfig, AfXdpConfig, TapConfig, UplinkBackendConfig, UplinkConfig};
 pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
 
@@ -182,6 +186,15 @@ impl Config {
 }
 
 impl Config {
+    /// Whether what an uplink refers to is there.
+    fn check_uplink(&self, uplink: &UplinkConfig) -> Result<(), (&'static str, String)> {
+        let Some(name) = uplink.backend.uplink() else { return Ok(()) };
+        match self.uplinks.iter().find(|other| other.name == name) {
+            Some(other) => uplink.check_on(other),
+            None => Err(("backend", format!("there is no uplink {name:?}; add an [[uplink]] of that name"))),
+        }
+    }
+
     /// Whether what a function refers to is there.
     fn check_function(&self, function: &FunctionConfig) -> Result<(), (&'static str, String)> {
         if let Some(volume) = function.device.volume()
@@ -189,10 +202,15 @@ impl Config {
         {
             return Err(("volume", format!("there is no volume {volume:?}; add a [[volume]] of that name")));
         }
-        if let Some(uplink) = function.device.uplink()
-            && !self.uplinks.iter().any(|other| other.name == uplink)
-        {
-            return Err(("uplink", format!("there is no uplink {uplink:?}; add an [[uplink]] of that name")));
+        if let DeviceConfig::Net(NetConfig { uplink, vlan, .. }) = &function.device {
+            let Some(on) = self.uplinks.iter().find(|other| other.name == *uplink) else {
+                return Err(("uplink", format!("there is no uplink {uplink:?}; add an [[uplink]] of that name")));
+            };
+            if vlan.is_some() && !matches!(on.backend, UplinkBackendConfig::Switch { .. }) {
+                let message =
+                    format!("uplink {uplink:?} is no switch, and has no ports with a VLAN; leave the key out");
+                return Err(("vlan", message));
+            }
         }
         if let Some(group) = function.device.limit_group()
             && !self.limit_groups.iter().any(|other| other.name == group)
@@ -235,6 +253,9 @@ fn parse(text: &str, reading: Reading<'_>) -> Result<(Config, Spans), Fault> {
         }
         config.uplinks.push(uplink);
         spans.uplinks.push(span);
+    }
+    for (uplink, span) in config.uplinks.iter().zip(&spans.uplinks) {
+        beside(span, "uplink", &uplink.name, config.check_uplink(uplink))?;
     }
     for raw in raw.limit_group {
         let span = raw.span();

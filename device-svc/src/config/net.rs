@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 
 use toml::Spanned;
 
+use super::anti_spoofing::{AntiSpoofingConfig, VLANS, anti_spoofing};
 use super::field::{Fault, Reading, Table};
 use super::function::named;
 use super::limit::{NetLimitConfig, net_limit};
@@ -32,6 +33,14 @@ pub struct NetConfig {
     pub mtu: u16,
     /// Pairs of a receive and a transmit queue; 1 to 128.
     pub queue_pairs: u16,
+    /// Whether the driver may spread flows over its queue pairs and be told their hashes (`VIRTIO_NET_F_RSS`,
+    /// `VIRTIO_NET_F_HASH_REPORT`).
+    pub rss: bool,
+    /// The VLAN of the switch's port that it is plugged into, 1 to 4094: what it sends is in this VLAN, and it sees no other.
+    /// `None`: a port with all VLANs, tagged.
+    pub vlan: Option<u16>,
+    /// What the VM may say it is; `None`: anything.
+    pub anti_spoofing: Option<AntiSpoofingConfig>,
     /// How fast it may go.
     pub limit: NetLimitConfig,
 }
@@ -44,6 +53,9 @@ impl NetConfig {
             ("mac", self.mac != other.mac),
             ("mtu", self.mtu != other.mtu),
             ("queue-pairs", self.queue_pairs != other.queue_pairs),
+            ("rss", self.rss != other.rss),
+            ("vlan", self.vlan != other.vlan),
+            ("anti-spoofing", self.anti_spoofing != other.anti_spoofing),
             ("limit", self.limit != other.limit),
         ]
         .into_iter()
@@ -87,6 +99,13 @@ pub(super) fn net(table: &Table<'_>, raw: &RawFunction, name: &str) -> Result<Ne
         mac: mac.unwrap_or_else(|| MacAddress::of_function(name)),
         mtu: mtu.unwrap_or(MTU_DEFAULT),
         queue_pairs: table.integer("queue-pairs", &raw.queue_pairs, 1..=QUEUE_PAIRS_MAX)?.unwrap_or(1) as u16,
+        rss: table.boolean("rss", &raw.rss)?.unwrap_or(false),
+        vlan: table.integer("vlan", &raw.vlan, VLANS)?.map(|vlan| vlan as u16),
+        anti_spoofing: raw
+            .anti_spoofing
+            .as_ref()
+            .map(|raw| anti_spoofing(raw, &table.place, table.reading))
+            .transpose()?,
         limit: limit.unwrap_or_default(),
     })
 }

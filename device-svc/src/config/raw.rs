@@ -81,7 +81,13 @@ pub(super) struct RawUplinkBackend {
     pub(super) name: Field,
     pub(super) netns: Field,
     pub(super) mtu: Field,
+    pub(super) vni: Field,
+    pub(super) local: Field,
+    pub(super) remote: Field,
+    pub(super) port: Field,
+    pub(super) learn: Field,
     pub(super) queues: Field,
+    pub(super) uplink: Field,
 }
 
 #[derive(Deserialize)]
@@ -101,6 +107,9 @@ pub(super) struct RawFunction {
     pub(super) mac: Field,
     pub(super) mtu: Field,
     pub(super) queue_pairs: Field,
+    pub(super) rss: Field,
+    pub(super) vlan: Field,
+    pub(super) anti_spoofing: Option<Spanned<RawAntiSpoofing>>,
     pub(super) limit: Option<Spanned<RawLimit>>,
     pub(super) limit_group: Field,
 }
@@ -119,6 +128,14 @@ pub(super) struct RawLink {
     pub(super) payload: Field,
     pub(super) notify: Field,
     pub(super) msix: Field,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", expecting = "a table like { mac = true, ip = [\"10.0.0.5\"] }")]
+pub(super) struct RawAntiSpoofing {
+    pub(super) mac: Field,
+    pub(super) vlan: Field,
+    pub(super) ip: Field,
 }
 
 #[derive(Deserialize, Default)]

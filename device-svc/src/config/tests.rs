@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod net;
+mod tunnel;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -7,6 +7,7 @@ use toml::Spanned;
 use super::field::{Fault, Field, Reading, Table};
 use super::name::{check_interface_name, check_name, check_netns_name};
 use super::raw::{RawUplink, RawUplinkBackend};
+use super::tunnel::{TunnelConfig, tunnel};
 use super::volume::doubled;
 
 /// What the kernel lets a tap's MTU be: 65535 bytes with the Ethernet header.
@@ -32,10 +33,19 @@ pub enum UplinkBackendConfig {
     Loopback,
     /// A tap interface of the kernel.
     Tap(TapConfig),
+    /// A tunnel over UDP (VXLAN).
+    Vxlan(TunnelConfig),
+    /// A tunnel over UDP (Geneve).
+    Geneve(TunnelConfig),
     /// An interface that is there, by packet sockets.
     AfPacket(AfPacketConfig),
     /// An interface that is there, past the kernel's stack.
     AfXdp(AfXdpConfig),
+    /// A switch on the card, between functions and one other uplink.
+    Switch {
+        /// The name of that uplink; `None`: functions reach each other alone.
+        uplink: Option<String>,
+    },
 }
 
 /// A tap interface.
@@ -77,8 +87,11 @@ impl UplinkBackendConfig {
             Self::Null => "null",
             Self::Loopback => "loopback",
             Self::Tap(_) => "tap",
+            Self::Vxlan(_) => "vxlan",
+            Self::Geneve(_) => "geneve",
             Self::AfPacket(_) => "af-packet",
             Self::AfXdp(_) => "af-xdp",
+            Self::Switch { .. } => "switch",
         }
     }
 
@@ -86,10 +99,13 @@ impl UplinkBackendConfig {
     #[must_use]
     pub fn interface(&self) -> Option<String> {
         let name = match self {
-            Self::Null | Self::Loopback => return None,
+            Self::Null | Self::Loopback | Self::Switch { .. } => return None,
             Self::Tap(tap) => &tap.name,
             Self::AfPacket(packet) => &packet.interface,
             Self::AfXdp(xdp) => &xdp.interface,
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => {
+                return Some(format!("VNI {} of {}", tunnel.vni, tunnel.endpoint()));
+            }
         };
         Some(match self.netns() {
             None => format!("interface {name:?}"),
@@ -97,12 +113,22 @@ impl UplinkBackendConfig {
         })
     }
 
+    /// The uplink that it uses itself, if any.
+    #[must_use]
+    pub fn uplink(&self) -> Option<&str> {
+        match self {
+            Self::Switch { uplink } => uplink.as_deref(),
+            _ => None,
+        }
+    }
+
     /// The network namespace that it is in, if one is named.
     #[must_use]
     pub fn netns(&self) -> Option<&str> {
         match self {
-            Self::Null | Self::Loopback => None,
+            Self::Null | Self::Loopback | Self::Switch { .. } => None,
             Self::Tap(tap) => tap.netns.as_deref(),
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.netns.as_deref(),
             Self::AfPacket(packet) => packet.netns.as_deref(),
             Self::AfXdp(xdp) => xdp.netns.as_deref(),
         }
@@ -115,6 +141,9 @@ impl fmt::Display for UplinkBackendConfig {
         f.write_str(self.type_name())?;
         match self {
             Self::Null | Self::Loopback => Ok(()),
+            Self::Switch { uplink } => {
+                uplink.as_ref().map_or(Ok(()), |uplink| write!(f, ",uplink={}", doubled(uplink)))
+            }
             Self::Tap(TapConfig { name, netns, mtu }) => {
                 write!(f, ",name={}", doubled(name))?;
                 if let Some(netns) = netns {
@@ -122,6 +151,7 @@ impl fmt::Display for UplinkBackendConfig {
                 }
                 mtu.map_or(Ok(()), |mtu| write!(f, ",mtu={mtu}"))
             }
+            Self::Vxlan(tunnel) | Self::Geneve(tunnel) => tunnel.fmt(f),
             Self::AfPacket(AfPacketConfig { interface, netns }) => {
                 write!(f, ",interface={}", doubled(interface))?;
                 netns.as_ref().map_or(Ok(()), |netns| write!(f, ",netns={}", doubled(netns)))
@@ -146,6 +176,20 @@ impl UplinkConfig {
             .find_map(|(key, differs)| differs.then_some(key))
     }
 
+    /// Whether this uplink can use `other`, which it names.
+    ///
+    /// # Errors
+    /// The key that stands against it and why.
+    pub fn check_on(&self, other: &Self) -> Result<(), (&'static str, String)> {
+        match &other.backend {
+            UplinkBackendConfig::Switch { .. } => {
+                let message = format!("uplink {:?} is a switch as well; name one of another type", other.name);
+                Err(("backend", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether this uplink can be beside `other` on one card.
     ///
     /// # Errors
@@ -153,6 +197,14 @@ impl UplinkConfig {
     pub fn check_beside(&self, other: &Self) -> Result<(), (&'static str, String)> {
         if self.name == other.name {
             return Err(("name", format!("there is already an uplink {:?}; choose another name", self.name)));
+        }
+        if let (UplinkBackendConfig::Vxlan(one), UplinkBackendConfig::Geneve(another))
+        | (UplinkBackendConfig::Geneve(one), UplinkBackendConfig::Vxlan(another)) = (&self.backend, &other.backend)
+            && one.endpoint() == another.endpoint()
+        {
+            let (endpoint, kind) = (one.endpoint(), other.backend.type_name());
+            let why = "and datagrams do not say of which type they are; choose another `port`";
+            return Err(("backend", format!("uplink {:?} of type {kind} has {endpoint} already, {why}", other.name)));
         }
         match self.backend.interface() {
             Some(interface) if other.backend.interface().as_ref() == Some(&interface) => {
@@ -178,13 +230,21 @@ pub(super) fn uplink(raw: Spanned<RawUplink>, reading: Reading<'_>) -> Result<Up
 type Read = fn(&Table<'_>, &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault>;
 
 /// The types: the keys that each has beside `type`, and what reads them.
-const TYPES: [(&str, (&[&str], Read)); 5] = [
+const TYPES: [(&str, (&[&str], Read)); 8] = [
     ("null", (&[], |_, _| Ok(UplinkBackendConfig::Null))),
     ("loopback", (&[], |_, _| Ok(UplinkBackendConfig::Loopback))),
     ("tap", (&["name", "netns", "mtu"], |table, raw| tap(table, raw).map(UplinkBackendConfig::Tap))),
     ("af-packet", (&["interface", "netns"], |table, raw| af_packet(table, raw).map(UplinkBackendConfig::AfPacket))),
     ("af-xdp", (&["interface", "netns", "queues"], |table, raw| af_xdp(table, raw).map(UplinkBackendConfig::AfXdp))),
+    ("vxlan", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, VXLAN_PORT).map(UplinkBackendConfig::Vxlan))),
+    ("geneve", (TUNNEL_KEYS, |table, raw| tunnel(table, raw, GENEVE_PORT).map(UplinkBackendConfig::Geneve))),
+    ("switch", (&["uplink"], switch)),
 ];
+
+const TUNNEL_KEYS: &[&str] = &["netns", "mtu", "vni", "local", "remote", "port", "learn"];
+/// Where end points listen (IANA).
+const VXLAN_PORT: u16 = 4789;
+const GENEVE_PORT: u16 = 6081;
 
 fn backend_config(
     raw: &Spanned<RawUplinkBackend>,
@@ -194,14 +254,20 @@ fn backend_config(
     let table = Table { place: format!("{place}: backend"), span: raw.span(), reading };
     let raw = raw.get_ref();
     let kind = table.word("type", &raw.r#type, &TYPES)?;
-    let (keys, read) = table.required("type", kind, "`type = \"tap\"`, \"loopback\" or \"null\"")?;
+    let (keys, read) = table.required("type", kind, "`type = \"tap\"` or another")?;
     // Keys that the type at hand has no use for: a mistake that would otherwise pass unseen.
-    let given: [(&str, &Field); 5] = [
+    let given: [(&str, &Field); 11] = [
         ("interface", &raw.interface),
         ("name", &raw.name),
         ("netns", &raw.netns),
         ("mtu", &raw.mtu),
+        ("vni", &raw.vni),
+        ("local", &raw.local),
+        ("remote", &raw.remote),
+        ("port", &raw.port),
+        ("learn", &raw.learn),
         ("queues", &raw.queues),
+        ("uplink", &raw.uplink),
     ];
     if let Some((key, field)) = given.into_iter().find(|(key, field)| field.is_some() && !keys.contains(key)) {
         let owners: Vec<&str> =
@@ -210,6 +276,14 @@ fn backend_config(
         return Err(table.fault_at(key, field, message));
     }
     read(&table, raw)
+}
+
+fn switch(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<UplinkBackendConfig, Fault> {
+    let uplink = table.text("uplink", &raw.uplink)?;
+    if let Some(uplink) = uplink {
+        check_name(uplink).map_err(|message| table.fault_at("uplink", &raw.uplink, message))?;
+    }
+    Ok(UplinkBackendConfig::Switch { uplink: uplink.map(str::to_owned) })
 }
 
 fn tap(table: &Table<'_>, raw: &RawUplinkBackend) -> Result<TapConfig, Fault> {

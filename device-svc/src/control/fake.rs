@@ -199,10 +199,12 @@ impl NetBackend for FakeNetwork {
 /// Opens networks with this carrier: `null` for any number of functions, `loopback` for one; a tap cannot be reached.
 pub(super) fn open_fake_network(carrier: &Arc<Carrier>) -> OpenUplink {
     let carrier = Arc::clone(carrier);
-    Box::new(move |config| {
+    Box::new(move |config, _| {
         let functions_max = match &config.backend {
             UplinkBackendConfig::Null => usize::MAX,
             UplinkBackendConfig::Loopback => 1,
+            UplinkBackendConfig::Vxlan(_) | UplinkBackendConfig::Geneve(_) => 1,
+            UplinkBackendConfig::Switch { .. } => 2,
             _ => return Err(BackendError::Refused("the kernel has no taps".to_owned())),
         };
         Ok(Arc::new(FakeNetwork { carrier: Arc::clone(&carrier), functions_max }))

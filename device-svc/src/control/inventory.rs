@@ -34,8 +34,10 @@ use crate::volume::Volume;
 /// Turns a volume's settings into its storage; [`super::open_backend::open_backend`] but in tests.
 pub type OpenBackend = Box<dyn Fn(&VolumeConfig) -> Result<Arc<dyn BlockBackend>, BackendError> + Send + Sync>;
 
-/// Turns an uplink's settings into its network; [`super::open_backend::open_uplink`] but in tests.
-pub type OpenUplink = Box<dyn Fn(&UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> + Send + Sync>;
+/// Turns an uplink's settings, and the network that it uses itself, into its network; [`super::open_backend::open_uplink`] but in
+/// tests.
+pub type OpenUplink =
+    Box<dyn Fn(&UplinkConfig, Option<&dyn NetBackend>) -> Result<Arc<dyn NetBackend>, BackendError> + Send + Sync>;
 
 /// How many functions are stopped at once: each may wait for its link for a moment.
 const STOPPED_AT_ONCE: usize = 32;
@@ -138,11 +140,15 @@ impl Inventory {
         for group in &config.limit_groups {
             self.write().groups.insert(group.name.clone(), group.clone());
         }
+        // One that uses another comes after it.
+        let (alone, on_others): (Vec<_>, Vec<_>) =
+            config.uplinks.iter().partition(|uplink| uplink.backend.uplink().is_none());
+        let mut uplinks = alone.into_iter().chain(on_others);
         let started = config
             .volumes
             .iter()
             .try_for_each(|volume| self.create_volume(volume.clone()).map(|_| ()))
-            .and_then(|()| config.uplinks.iter().try_for_each(|u| self.create_uplink(u.clone()).map(|_| ())))
+            .and_then(|()| uplinks.try_for_each(|u| self.create_uplink(u.clone()).map(|_| ())))
             .and_then(|()| config.functions.iter().try_for_each(|f| self.create_function(f.clone()).map(|_| ())));
         started.inspect_err(|_| self.stop_all())
     }
@@ -210,8 +216,34 @@ impl Tables {
     }
 
     /// The functions on an uplink.
-    fn uplink_users<'a>(&'a self, uplink: &'a str) -> impl Iterator<Item = &'a FunctionEntry> {
+    fn functions_on<'a>(&'a self, uplink: &'a str) -> impl Iterator<Item = &'a FunctionEntry> {
         self.functions.values().filter(move |function| function.config.device.uplink() == Some(uplink))
+    }
+
+    /// The uplinks that use this one.
+    fn uplinks_on<'a>(&'a self, uplink: &'a str) -> impl Iterator<Item = &'a UplinkEntry> {
+        self.uplinks.values().filter(move |other| other.config.backend.uplink() == Some(uplink))
+    }
+
+    /// All that use an uplink: `function "vm1-net0"`.
+    fn users_of(&self, uplink: &str) -> Vec<String> {
+        let functions = self.functions_on(uplink).map(|function| format!("function {:?}", function.config.name));
+        functions.chain(self.uplinks_on(uplink).map(|other| format!("uplink {:?}", other.config.name))).collect()
+    }
+
+    /// Whether one more can use an uplink.
+    fn check_room(&self, place: &str, key: &str, uplink: &Uplink) -> Result<(), InventoryError> {
+        let users = self.users_of(&uplink.name);
+        let most = uplink.backend.info().functions_max;
+        if users.len() < most {
+            return Ok(());
+        }
+        let message = format!(
+            "uplink {:?} serves {most} at most, and has {}; delete one of them first, or give this one another uplink",
+            uplink.name,
+            users.join(", ")
+        );
+        Err(InventoryError::Refused(format!("{place}: `{key}`: {message}")))
     }
 }
 

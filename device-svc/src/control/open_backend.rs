@@ -9,13 +9,18 @@ use crate::backend::net::af_xdp::{AfXdpBackend, AfXdpSettings};
 use crate::backend::net::loopback::LoopbackBackend;
 use crate::backend::net::null::NullNet;
 use crate::backend::net::offload::SoftwareOffload;
+use crate::backend::net::switch::SwitchBackend;
 use crate::backend::net::tap::{TapBackend, TapSettings};
+use crate::backend::net::tunnel::remotes::Learning;
+use crate::backend::net::tunnel::wire::TunnelKind;
+use crate::backend::net::tunnel::{TunnelBackend, TunnelSettings};
 use crate::backend::net::{NetBackend, Offloads};
 use crate::backend::null::{NullBackend, NullSettings};
 use crate::backend::ram::{RamBackend, RamSettings};
 use crate::backend::{BackendError, BlockBackend};
 use crate::config::{
-    AfPacketConfig, AfXdpConfig, BackendConfig, NbdConfig, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+    AfPacketConfig, AfXdpConfig, BackendConfig, LearnConfig, NbdConfig, TapConfig, TunnelConfig, UplinkBackendConfig,
+    UplinkConfig, VolumeConfig,
 };
 
 /// Opens the storage of `config`.
@@ -56,11 +61,11 @@ fn nbd_settings(config: &NbdConfig, read_only: bool) -> Result<NbdSettings, Back
     Ok(NbdSettings { connections, tls, read_only, ..NbdSettings::new(uri) })
 }
 
-/// Opens the network of `config`.
+/// Opens the network of `config`; `on` is the one that it uses itself, if it names one.
 ///
 /// # Errors
 /// When the network refuses or cannot be reached, in words that name it and the next step.
-pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, BackendError> {
+pub fn open_uplink(config: &UplinkConfig, on: Option<&dyn NetBackend>) -> Result<Arc<dyn NetBackend>, BackendError> {
     let backend: Arc<dyn NetBackend> = match &config.backend {
         UplinkBackendConfig::Null => Arc::new(NullNet::new()),
         UplinkBackendConfig::Loopback => Arc::new(LoopbackBackend::new()),
@@ -68,6 +73,8 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
             let settings = TapSettings { name: name.clone(), netns: netns.clone(), mtu: *mtu };
             Arc::new(TapBackend::new(settings)?)
         }
+        UplinkBackendConfig::Vxlan(config) => Arc::new(TunnelBackend::new(&tunnel(TunnelKind::Vxlan, config))?),
+        UplinkBackendConfig::Geneve(config) => Arc::new(TunnelBackend::new(&tunnel(TunnelKind::Geneve, config))?),
         UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
             let settings = AfPacketSettings { interface: interface.clone(), netns: netns.clone() };
             Arc::new(AfPacketBackend::new(&settings)?)
@@ -76,9 +83,27 @@ pub fn open_uplink(config: &UplinkConfig) -> Result<Arc<dyn NetBackend>, Backend
             let settings = AfXdpSettings { interface: interface.clone(), netns: netns.clone(), queues: *queues };
             Arc::new(AfXdpBackend::new(&settings)?)
         }
+        UplinkBackendConfig::Switch { .. } => Arc::new(SwitchBackend::new(on)?),
     };
     // VMs are offered the same everywhere; what a network leaves to them the card does itself.
     let info = backend.info();
     let does_all = info.transmit == Offloads::ALL && info.receive == Offloads::ALL;
     Ok(if does_all { backend } else { Arc::new(SoftwareOffload::new(backend)) })
+}
+
+fn tunnel(kind: TunnelKind, config: &TunnelConfig) -> TunnelSettings {
+    TunnelSettings {
+        kind,
+        vni: config.vni,
+        local: config.local,
+        remotes: config.remotes.clone(),
+        learning: match config.learn {
+            LearnConfig::Listed => Learning::Listed,
+            LearnConfig::Any => Learning::Any,
+            LearnConfig::None => Learning::Nothing,
+        },
+        port: config.port,
+        mtu: config.mtu,
+        netns: config.netns.clone(),
+    }
 }

@@ -5,6 +5,7 @@
 
 mod stats;
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,8 +19,9 @@ use super::seam::Standing;
 use super::standing::LinkState;
 use crate::config::quantity::format_duration;
 use crate::config::{
-    AfPacketConfig, AfXdpConfig, BackendConfig, ConfigError, DeviceConfig, FunctionConfig, LimitConfig, LinkConfig,
-    LinkKind, NetChange, NetLimitConfig, Options, TapConfig, UplinkBackendConfig, UplinkConfig, VolumeConfig,
+    AfPacketConfig, AfXdpConfig, AntiSpoofingConfig, BackendConfig, ConfigError, DeviceConfig, FunctionConfig,
+    LimitConfig, LinkConfig, LinkKind, NetChange, NetLimitConfig, Options, TapConfig, TunnelConfig,
+    UplinkBackendConfig, UplinkConfig, VolumeConfig,
 };
 
 /// Relative paths mean nothing to a service; clients send absolute ones.
@@ -134,6 +136,8 @@ pub fn uplink_config(settings: v1::UplinkSettings) -> Result<UplinkConfig, Confi
             ("netns", tap.netns),
             ("mtu", tap.mtu.map(|mtu| mtu.to_string())),
         ],
+        Some(Kind::Vxlan(tunnel)) => tunnel_pairs("vxlan", tunnel),
+        Some(Kind::Geneve(tunnel)) => tunnel_pairs("geneve", tunnel),
         Some(Kind::AfPacket(packet)) => {
             vec![named("af-packet"), ("interface", Some(packet.interface)), ("netns", packet.netns)]
         }
@@ -143,6 +147,7 @@ pub fn uplink_config(settings: v1::UplinkSettings) -> Result<UplinkConfig, Confi
             ("netns", xdp.netns),
             ("queues", xdp.queues.map(|queues| queues.to_string())),
         ],
+        Some(Kind::Switch(switch)) => vec![named("switch"), ("uplink", switch.uplink)],
     };
     options.with_pairs("backend", pairs).uplink()
 }
@@ -157,6 +162,8 @@ pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
         UplinkBackendConfig::Tap(TapConfig { name, netns, mtu }) => {
             Kind::Tap(v1::TapUplink { name: name.clone(), netns: netns.clone(), mtu: mtu.map(u32::from) })
         }
+        UplinkBackendConfig::Vxlan(tunnel) => Kind::Vxlan(tunnel_settings(tunnel)),
+        UplinkBackendConfig::Geneve(tunnel) => Kind::Geneve(tunnel_settings(tunnel)),
         UplinkBackendConfig::AfPacket(AfPacketConfig { interface, netns }) => {
             Kind::AfPacket(v1::AfPacketUplink { interface: interface.clone(), netns: netns.clone() })
         }
@@ -165,8 +172,35 @@ pub fn uplink_settings(config: &UplinkConfig) -> v1::UplinkSettings {
             netns: netns.clone(),
             queues: Some((*queues).into()),
         }),
+        UplinkBackendConfig::Switch { uplink } => Kind::Switch(v1::SwitchUplink { uplink: uplink.clone() }),
     };
     v1::UplinkSettings { name: config.name.clone(), backend: Some(v1::UplinkBackend { kind: Some(kind) }) }
+}
+
+fn tunnel_pairs(kind: &str, tunnel: v1::TunnelUplink) -> Vec<(&'static str, Option<String>)> {
+    let text = |number: Option<u32>| number.map(|number| number.to_string());
+    vec![
+        ("type", Some(kind.to_owned())),
+        ("vni", text(tunnel.vni)),
+        ("local", given(&tunnel.local).map(str::to_owned)),
+        ("remote", (!tunnel.remote.is_empty()).then(|| tunnel.remote.join(","))),
+        ("mtu", text(tunnel.mtu)),
+        ("port", text(tunnel.port)),
+        ("netns", tunnel.netns),
+        ("learn", given(&tunnel.learn).map(str::to_owned)),
+    ]
+}
+
+fn tunnel_settings(tunnel: &TunnelConfig) -> v1::TunnelUplink {
+    v1::TunnelUplink {
+        vni: Some(tunnel.vni),
+        local: tunnel.local.to_string(),
+        remote: tunnel.remotes.iter().map(ToString::to_string).collect(),
+        mtu: tunnel.mtu.map(u32::from),
+        port: Some(tunnel.port.into()),
+        netns: tunnel.netns.clone(),
+        learn: tunnel.learn.name().to_owned(),
+    }
 }
 
 /// Reads a function's settings.
@@ -188,6 +222,8 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
         .with("mac", given(&settings.mac))
         .with("mtu", positive(settings.mtu.into()))
         .with("queue-pairs", positive(settings.queue_pairs.into()))
+        .with("rss", settings.rss.then_some(true))
+        .with("vlan", positive(settings.vlan.into()))
         .with("limit-group", given(&settings.limit_group));
     if let Some(link) = settings.link {
         let pairs = [
@@ -203,6 +239,12 @@ pub fn function_config(settings: v1::FunctionSettings) -> Result<FunctionConfig,
     }
     if let Some(limit) = settings.limit {
         options = options.with_pairs("limit", limit_pairs(&limit));
+    }
+    if let Some(v1::AntiSpoofing { mac, vlans, addresses }) = settings.anti_spoofing {
+        let vlans = vlans.map(|list| list.vlans.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+        let addresses = addresses.map(|list| list.addresses.join(","));
+        let pairs = [("mac", Some(mac.to_string())), ("vlan", vlans), ("ip", addresses)];
+        options = options.with_pairs("anti-spoofing", pairs);
     }
     options.function(Path::new(ROOT))
 }
@@ -304,9 +346,23 @@ pub fn function_settings(config: &FunctionConfig) -> v1::FunctionSettings {
             mac: net.mac.to_string(),
             mtu: net.mtu.into(),
             queue_pairs: net.queue_pairs.into(),
+            rss: net.rss,
+            vlan: net.vlan.unwrap_or(0).into(),
+            anti_spoofing: net.anti_spoofing.as_ref().map(anti_spoofing_message),
             limit: Some(net_limit_message(&net.limit)),
             ..settings
         },
+    }
+}
+
+fn anti_spoofing_message(config: &AntiSpoofingConfig) -> v1::AntiSpoofing {
+    let vlan_list = |vlans: &Vec<u16>| v1::VlanList { vlans: vlans.iter().copied().map(u32::from).collect() };
+    let address_list =
+        |addresses: &Vec<IpAddr>| v1::AddressList { addresses: addresses.iter().map(IpAddr::to_string).collect() };
+    v1::AntiSpoofing {
+        mac: config.mac,
+        vlans: config.vlans.as_ref().map(vlan_list),
+        addresses: config.addresses.as_ref().map(address_list),
     }
 }
 
@@ -360,6 +416,7 @@ pub(super) fn uplink_message(state: UplinkState) -> v1::Uplink {
         queue_pairs_max: state.info.channels_max.into(),
         functions_max: state.info.functions_max as u64,
         functions: state.functions,
+        uplinks: state.uplinks,
     }
 }
 

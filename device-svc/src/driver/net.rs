@@ -9,7 +9,7 @@ use super::{Buffer, DriverQueue, GuestMemory, QueueOptions};
 use crate::address::Iova;
 use crate::virtqueue::features;
 
-/// `struct virtio_net_hdr_v1` (virtio 1.3, 5.1.6).
+/// `struct virtio_net_hdr_v1_hash` (virtio 1.3, 5.1.6.1).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FrameHeader {
@@ -27,12 +27,24 @@ pub struct FrameHeader {
     pub checksum_offset: u16,
     /// Buffers that the frame took.
     pub buffers: u16,
+    /// The frame's hash.
+    pub hash: u32,
+    /// `VIRTIO_NET_HASH_REPORT_…`
+    pub hash_report: u16,
+    /// Nothing.
+    pub padding: u16,
 }
 
-/// The header as negotiated: the last field is there for drivers of virtio 1, and for those that merge buffers.
+/// The header as negotiated: the count of buffers is there for drivers of virtio 1, and for those that merge buffers; the hash for those
+/// that want it reported.
 const fn header_bytes(accepted: u64) -> u32 {
-    let whole = accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0;
-    size_of::<FrameHeader>() as u32 - if whole { 0 } else { 2 }
+    if accepted & 1 << spec::VIRTIO_NET_F_HASH_REPORT != 0 {
+        size_of::<FrameHeader>() as u32
+    } else if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
+        12
+    } else {
+        10
+    }
 }
 
 /// A transmitting queue, whose frames each lie in a row of the guest's memory.

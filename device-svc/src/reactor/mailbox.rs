@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::sleep::Asleep;
+use crate::asleep::Asleep;
 use crate::device::{AnyLane, Outlet};
 use crate::dma::{HostMemory, Removed};
 use crate::link::{QueuePosition, QueueStart};

@@ -10,7 +10,6 @@
 mod cpus;
 mod function;
 mod mailbox;
-mod sleep;
 mod turn;
 
 use std::sync::Arc;

@@ -34,6 +34,22 @@ pub struct RawNetHeader {
     pub buffers: u16,
 }
 
+impl RawNetHeader {
+    /// Its bytes, put together before they are stored: a copy made just after several small stores would wait for all of them.
+    #[inline]
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; HEADER_BYTES as usize] {
+        let field = |value: u16, place: u32| u64::from(u16::from_le(value)) << (16 * place);
+        let kind = u64::from(self.flags) | u64::from(self.gso_type) << 8;
+        let front = kind | field(self.header_bytes, 1) | field(self.segment_bytes, 2) | field(self.checksum_start, 3);
+        let back = (field(self.checksum_offset, 0) | field(self.buffers, 1)) as u32;
+        let mut bytes = [0; HEADER_BYTES as usize];
+        bytes[..8].copy_from_slice(&front.to_le_bytes());
+        bytes[8..].copy_from_slice(&back.to_le_bytes());
+        bytes
+    }
+}
+
 /// A frame's checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Checksum {

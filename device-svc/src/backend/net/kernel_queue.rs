@@ -17,7 +17,6 @@
 #![expect(unsafe_code, reason = "hands addresses of frames to the kernel")]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +25,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
+use super::slab::{PLACE_BYTES, Slab};
 use super::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
     VLAN_TAG_BYTES,
@@ -37,8 +37,6 @@ use crate::backend::ring::Ring;
 const ENTRIES: u32 = 128;
 /// From so many frames on a burst goes through the ring.
 const RING_FRAMES: usize = 4;
-/// Bytes of a place for a frame and its header, in whole pages. A page is taken from the machine when a frame first reaches it.
-const PLACE_BYTES: usize = 68 << 10;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
 /// Bytes of the header before each frame.
@@ -59,34 +57,11 @@ const REMOVAL: u64 = 3 << 8;
 const KIND: u64 = 0xff << 8;
 const EPOCH_SHIFT: u32 = 16;
 
-/// Places for a burst of frames.
-struct Slab(NonNull<[u8]>);
-
-impl Slab {
-    fn new() -> Self {
-        Self(NonNull::from(Box::leak(vec![0u8; BURST * PLACE_BYTES].into_boxed_slice())))
-    }
-
-    /// Where frame `number` is read to, with its header.
-    #[inline]
-    fn read_place(&self, number: usize) -> *mut u8 {
-        // SAFETY: a place is longer than that.
-        unsafe { self.place(number).add(READ_AT) }
-    }
-
-    #[inline]
-    fn place(&self, number: usize) -> *mut u8 {
-        debug_assert!(number < BURST);
-        // SAFETY: there are `BURST` places.
-        unsafe { self.0.cast::<u8>().as_ptr().add(number * PLACE_BYTES) }
-    }
-}
-
-impl Drop for Slab {
-    fn drop(&mut self) {
-        // SAFETY: it was a box, and no frame of it is handed over any more: those end with the channel.
-        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
-    }
+/// Where a read begins, in the place of a frame.
+#[inline]
+fn read_place(slab: &Slab, number: usize) -> *mut u8 {
+    // Within the place, which is longer.
+    slab.place(number).wrapping_add(READ_AT)
 }
 
 /// What a queue needs of the interface that it belongs to.
@@ -173,7 +148,7 @@ fn messages(slab: &Slab) -> Box<[Message]> {
     let message = |number| Message {
         // SAFETY: a message's header is plain data.
         header: unsafe { std::mem::zeroed() },
-        range: libc::iovec { iov_base: slab.read_place(number).cast(), iov_len: READ_BYTES },
+        range: libc::iovec { iov_base: read_place(slab, number).cast(), iov_len: READ_BYTES },
         beside: Beside::default(),
     };
     let mut messages: Box<[Message]> = (0..BURST).map(message).collect();
@@ -446,7 +421,7 @@ impl KernelQueue {
             message.beside.length = 0;
             opcode::RecvMsg::new(FILE, &raw mut message.header).flags(libc::MSG_DONTWAIT as u32).build()
         } else {
-            let place = self.slab.read_place(number);
+            let place = read_place(&self.slab, number);
             opcode::Read::new(FILE, place, READ_BYTES as u32).rw_flags(self.nowait).build()
         };
         // SAFETY: the place and the message are ours, the place holds no frame that is still handed over, and `run` waits until the
@@ -464,7 +439,7 @@ impl KernelQueue {
             return;
         }
         // SAFETY: the place has room for a header, which nobody writes now.
-        let read = unsafe { std::slice::from_raw_parts(self.slab.read_place(number), HEADER_BYTES as usize) };
+        let read = unsafe { std::slice::from_raw_parts(read_place(&self.slab, number), HEADER_BYTES as usize) };
         let mut raw = RawNetHeader::default();
         raw.as_mut_bytes()[..HEADER_BYTES as usize].copy_from_slice(read);
         if let Some(tag) = tag {

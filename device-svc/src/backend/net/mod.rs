@@ -14,16 +14,22 @@ pub mod af_packet;
 mod bed;
 pub mod af_xdp;
 mod carrier;
+pub mod flow;
 mod frame_ring;
 pub mod header;
+pub(crate) mod inbox;
 mod incoming;
 mod kernel_queue;
 pub mod loopback;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod slab;
+pub mod stations;
 mod packet_socket;
+pub mod switch;
 pub mod tap;
+pub mod tunnel;
 mod watch;
 
 use std::os::fd::RawFd;
@@ -34,6 +40,9 @@ pub use header::{BadHeader, Checksum, NetHeader, RawNetHeader, Segmentation, Seg
 pub use incoming::Incoming;
 
 use super::{BackendError, Segments};
+
+/// An Ethernet address, in the order in which it is sent.
+pub type Octets = [u8; 6];
 
 /// Bytes of an Ethernet header, without a VLAN tag.
 pub const ETHERNET_BYTES: u32 = 14;
@@ -112,6 +121,13 @@ pub struct NetInfo {
     pub functions_max: usize,
 }
 
+/// A function's port.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PortSettings {
+    /// The VLAN of an access port, 1 to 4094; `None`: a trunk.
+    pub vlan: Option<u16>,
+}
+
 /// A frame on its way to the network.
 #[derive(Clone, Copy, Debug)]
 pub struct Outgoing {
@@ -130,6 +146,20 @@ pub trait NetBackend: Send + Sync {
 
     /// Whether it is there, and who wants to know when that changes.
     fn carrier(&self) -> &Arc<Carrier>;
+
+    /// This network as one more function sees it, where each has a port of its own, for as long as the port or a channel of it is kept.
+    /// `None`: all see the same.
+    ///
+    /// # Errors
+    /// When there is no port left.
+    fn port(&self, _settings: PortSettings) -> Result<Option<Arc<dyn NetBackend>>, BackendError> {
+        Ok(None)
+    }
+
+    /// Whether each function has a port of its own.
+    fn has_ports(&self) -> bool {
+        false
+    }
 
     /// Opens one more channel, for one queue pair. It carries frames once it is enabled.
     ///
@@ -158,6 +188,17 @@ pub trait NetChannel: Send {
     /// The first `count` of what `receive` handed over last are done with.
     fn release(&mut self, count: usize);
 
+    /// Carries on what this channel carries for others, whatever its own function does: called once in each turn. Returns whether there
+    /// was anything.
+    fn carry(&mut self) -> bool {
+        false
+    }
+
+    /// Frames for this channel that were lost because its function did not take frames in time, since this was last asked.
+    fn missed(&mut self) -> u64 {
+        0
+    }
+
     /// A descriptor for a reactor that sleeps, waited on by its edges: it becomes readable when there are frames again, or room for
     /// frames that were not taken. `None` for a channel where nothing comes of its own accord. It stays the same for the channel's
     /// life.
@@ -169,6 +210,11 @@ pub trait NetChannel: Send {
     /// Whether the reactor may sleep, as far as what comes in is concerned: there is no frame, and the descriptor will tell of the
     /// next.
     fn arm(&mut self) -> bool;
+
+    /// Whether the reactor may sleep, as far as what it [carries](Self::carry) for others is concerned.
+    fn arm_carrying(&mut self) -> bool {
+        true
+    }
 }
 
 /// What became of frames.

@@ -1,7 +1,7 @@
 //! Notices when an interface comes, goes, or is set up or down: one thread for each network namespace in use, which ends with its
 //! last user.
 //!
-//! The kernel's messages (rtnetlink, `RTMGRP_LINK`) only say that it is time to look. What a link's state is, each user asks the kernel
+//! The kernel's messages (rtnetlink, of links and of their addresses) only say that it is time to look. What a link's state is, each user asks the kernel
 //! then: so no message has to be understood or believed, and one that was lost because too many came costs nothing.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,7 +20,10 @@ use crate::backend::BackendError;
 /// After this long somebody who asks for it looks again.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Who wants to look when something has happened to a link.
+/// What is followed: links, and the addresses on them.
+const GROUPS: libc::c_int = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
+
+/// Who wants to look when something has happened to a link or its addresses.
 pub(super) trait Watched: Send + Sync {
     /// Looks, on the thread that watches, which is in the namespace. Returns whether it wants to look again after [`LOOK_AGAIN`]
     /// although nothing happens.
@@ -121,7 +124,7 @@ impl Drop for Watch {
 fn open_netlink() -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let netlink = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-    bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, libc::RTMGRP_LINK as u32))?;
+    bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, GROUPS as u32))?;
     Ok(netlink)
 }
 

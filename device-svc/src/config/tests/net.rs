@@ -14,11 +14,18 @@ backend = { type = "tap", name = "dray0", netns = "blue", mtu = 9000 }
 name = "measure"
 backend = { type = "loopback" }
 
+[[uplink]]
+name = "lan"
+backend = { type = "switch", uplink = "wan" }
+
 [[function]]
 name = "vm1-net0"
 type = "net"
 link = { type = "vfio-user", socket = "/run/dray/vm1-net0.sock", payload = "copy" }
-uplink = "wan"
+uplink = "lan"
+rss = true
+vlan = 10
+anti-spoofing = { mac = false, vlan = [20, 30], ip = ["10.0.0.5", "fd00::5"] }
 mac = "52:54:00:12:34:56"
 mtu = 1450
 queue-pairs = 2
@@ -47,6 +54,10 @@ fn the_full_example_is_taken() {
         [
             UplinkConfig { name: "wan".to_owned(), backend: UplinkBackendConfig::Tap(tap) },
             UplinkConfig { name: "measure".to_owned(), backend: UplinkBackendConfig::Loopback },
+            UplinkConfig {
+                name: "lan".to_owned(),
+                backend: UplinkBackendConfig::Switch { uplink: Some("wan".to_owned()) },
+            },
         ]
     );
     let function = &config.functions[0];
@@ -56,10 +67,17 @@ fn the_full_example_is_taken() {
     assert_eq!(
         *net(function),
         NetConfig {
-            uplink: "wan".to_owned(),
+            uplink: "lan".to_owned(),
             mac: MacAddress::new([0x52, 0x54, 0, 0x12, 0x34, 0x56]).unwrap(),
             mtu: 1450,
             queue_pairs: 2,
+            rss: true,
+            vlan: Some(10),
+            anti_spoofing: Some(AntiSpoofingConfig {
+                mac: false,
+                vlans: Some(vec![20, 30]),
+                addresses: Some(vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()]),
+            }),
             limit: NetLimitConfig {
                 packets: Some(100_000),
                 bandwidth: Some(125 << 20),
@@ -109,15 +127,15 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { name = \"dray0\" }"),
-        "dray.toml:3:11: uplink \"u\": backend: `type` is missing; add `type = \"tap\"`, \"loopback\" or \"null\"",
+        "dray.toml:3:11: uplink \"u\": backend: `type` is missing; add `type = \"tap\"` or another",
     );
     refused(
         &uplink("backend = { type = \"token-ring\" }"),
-        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"af-packet\" or \"af-xdp\"",
+        "dray.toml:3:20: uplink \"u\": backend: `type`: \"token-ring\" is not known; use \"null\" or \"loopback\" or \"tap\" or \"af-packet\" or \"af-xdp\" or \"vxlan\" or \"geneve\" or \"switch\"",
     );
     refused(
         &uplink("backend = { type = \"tap\", path = \"/x\" }"),
-        "dray.toml:3:27: unknown key `path`, expected one of `type`, `interface`, `name`, `netns`, `mtu`, `queues`",
+        "dray.toml:3:27: unknown key `path`, expected one of `type`, `interface`, `name`, `netns`, `mtu`, `vni`, `local`, `remote`, `port`, `learn`, `queues`, `uplink`",
     );
     refused(
         &uplink("backend = \"tap\""),
@@ -125,7 +143,7 @@ fn uplinks() {
     );
     refused(
         &uplink("backend = { type = \"loopback\", mtu = 1500 }"),
-        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap alone; remove it",
+        "dray.toml:3:38: uplink \"u\": backend: `mtu`: a key of type tap and vxlan and geneve alone; remove it",
     );
     refused(
         &uplink("backend = { type = \"tap\" }"),
@@ -211,6 +229,61 @@ fn functions() {
         &with("limit = { packets = 0 }"),
         "dray.toml:9:21: function \"f\": limit: `packets`: 0 is not a whole number from 1 to 1000000000",
     );
+}
+
+#[test]
+fn what_a_vm_may_say_it_is() {
+    let of = |text: &str| function(&format!("uplink = \"u\"\nanti-spoofing = {text}"));
+    let NetConfig { anti_spoofing, rss, vlan, .. } = net(&parsed(&of("{}")).functions[0]).clone();
+    assert_eq!(anti_spoofing, Some(AntiSpoofingConfig { mac: true, vlans: None, addresses: None }));
+    assert_eq!((rss, vlan), (false, None));
+    let none = net(&parsed(&of("{ vlan = [], ip = [] }")).functions[0]).anti_spoofing.clone();
+    assert_eq!(none, Some(AntiSpoofingConfig { mac: true, vlans: Some(vec![]), addresses: Some(vec![]) }));
+    let place = "function \"f\": anti-spoofing:";
+    for (text, message) in [
+        ("{ vlan = [4095] }", "`vlan`: \"4095\" is no VLAN; write numbers from 1 to 4094"),
+        ("{ vlan = 7 }", "`vlan`: 7 is not a list; write it in brackets"),
+        ("{ vlan = [true] }", "`vlan`: \"true\" is no VLAN; write numbers from 1 to 4094"),
+        ("{ ip = [\"10.0.0\"] }", "`ip`: \"10.0.0\" is no IP address; write some like \"10.0.0.5\" or \"fd00::5\""),
+        ("{ mac = 1 }", "`mac`: 1 is neither true nor false"),
+    ] {
+        let error = Config::parse(&of(text), "dray.toml", Path::new("/")).unwrap_err().to_string();
+        assert!(error.ends_with(&format!("{place} {message}")), "{text}: {error}");
+    }
+    let many = vec!["\"10.0.0.5\""; 65].join(", ");
+    let error = Config::parse(&of(&format!("{{ ip = [{many}] }}")), "dray.toml", Path::new("/")).unwrap_err();
+    assert!(error.to_string().contains("more than 64 addresses"), "{error}");
+}
+
+#[test]
+fn switches_and_their_ports() {
+    let switch =
+        |name: &str, on: &str| format!("[[uplink]]\nname = \"{name}\"\nbackend = {{ type = \"switch\"{on} }}\n");
+    let refused = |text: &str| Config::parse(text, "dray.toml", Path::new("/")).unwrap_err().to_string();
+    // In any order.
+    let text = format!("{}{UPLINK}", switch("s", ", uplink = \"u\""));
+    assert_eq!(parsed(&text).uplinks.len(), 2);
+    let error = refused(&switch("s", ", uplink = \"u\""));
+    assert!(
+        error.ends_with("uplink \"s\": `backend`: there is no uplink \"u\"; add an [[uplink]] of that name"),
+        "{error}"
+    );
+    let error = refused(&format!("{}{}", switch("t", ""), switch("s", ", uplink = \"t\"")));
+    assert!(error.ends_with("`backend`: uplink \"t\" is a switch as well; name one of another type"), "{error}");
+    let error = refused(&switch("s", ", uplink = \"s\""));
+    assert!(error.ends_with("is a switch as well; name one of another type"), "{error}");
+    let error = refused(&function("uplink = \"u\"\nvlan = 10"));
+    assert!(
+        error.ends_with("`vlan`: uplink \"u\" is no switch, and has no ports with a VLAN; leave the key out"),
+        "{error}"
+    );
+    let error = refused(&function("uplink = \"u\"\nrss = true"));
+    assert!(
+        error.contains("`rss`: over vhost-user the VMM keeps the driver's commands to itself; remove it"),
+        "{error}"
+    );
+    let error = refused(&function("uplink = \"u\"\nvlan = 0"));
+    assert!(error.ends_with("`vlan`: 0 is not a whole number from 1 to 4094"), "{error}");
 }
 
 #[test]
@@ -330,6 +403,8 @@ fn options_say_the_same_as_a_file() {
     for backend in [
         UplinkBackendConfig::Null,
         UplinkBackendConfig::Loopback,
+        UplinkBackendConfig::Switch { uplink: None },
+        UplinkBackendConfig::Switch { uplink: Some("wan".to_owned()) },
         UplinkBackendConfig::Tap(TapConfig { name: "a,b=c".to_owned(), netns: None, mtu: None }),
         UplinkBackendConfig::Tap(TapConfig { name: "d".to_owned(), netns: Some("x,y".to_owned()), mtu: Some(68) }),
         UplinkBackendConfig::AfPacket(AfPacketConfig { interface: "a,b".to_owned(), netns: Some("x,y".to_owned()) }),
@@ -350,14 +425,18 @@ fn options_say_the_same_as_a_file() {
         .with("uplink", Some("u"))
         .with("mtu", Some("9000"))
         .with("queue-pairs", Some("3"))
+        .with_table("anti-spoofing", Some("vlan=20,,30,ip=10.0.0.5,,fd00::5"))
+        .unwrap()
         .with_limit(Some("transmit-packets=7"))
         .unwrap()
         .with_typed_table("link", Some("vhost-user,socket=f.sock"))
         .unwrap()
         .function(Path::new("/srv"))
         .unwrap();
-    let NetConfig { mtu, queue_pairs, limit, .. } = net(&function);
+    let NetConfig { mtu, queue_pairs, limit, anti_spoofing, .. } = net(&function);
     assert_eq!((*mtu, *queue_pairs, limit.transmit_packets), (9000, 3, Some(7)));
+    let full = net(&parsed(FULL_NET).functions[0]).anti_spoofing.clone().unwrap();
+    assert_eq!(*anti_spoofing, Some(AntiSpoofingConfig { mac: true, ..full }));
 }
 
 #[test]

@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use super::{CardFunction, FunctionPlace, Kind, Placement};
 use crate::backend::BackendError;
-use crate::config::{FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig};
+use crate::backend::net::PortSettings;
+use crate::config::{
+    AntiSpoofingConfig, FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig,
+};
 use crate::control::seam::SetError;
 use crate::device::Outlet;
 use crate::device::limit::{Limit, Rates};
-use crate::device::net::{NetDevice, NetSettings, NetShared};
+use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared, Steering};
 use crate::link::{NetworkSide, Refusal};
 use crate::uplink::Uplink;
 
@@ -26,6 +29,11 @@ fn rates_of(config: &NetLimitConfig) -> Rates {
         write_bandwidth: config.transmit_bandwidth.unwrap_or(0),
         burst: config.burst,
     }
+}
+
+fn rules_of(config: &AntiSpoofingConfig) -> AntiSpoofing {
+    let AntiSpoofingConfig { mac, vlans, addresses } = config.clone();
+    AntiSpoofing { mac, vlans, addresses }
 }
 
 impl CardFunction {
@@ -50,9 +58,12 @@ impl CardFunction {
             // Over vhost-user the front end keeps the control queue to itself.
             control: matches!(config.link.kind, LinkKind::VfioUser { .. }),
             copy_payload: config.link.payload == PayloadConfig::Copy,
+            rss: net.rss,
+            anti_spoofing: net.anti_spoofing.as_ref().map(rules_of),
             limits: vec![Arc::clone(&limit)],
         };
-        let backend = &uplink.backend;
+        let port = uplink.backend.port(PortSettings { vlan: net.vlan })?;
+        let backend = port.as_ref().unwrap_or(&uplink.backend);
         let pairs = settings.pairs;
         let control = settings.control;
         let shared = Arc::new(NetShared::new(settings, backend.info(), backend.carrier().is_up()));
@@ -62,12 +73,21 @@ impl CardFunction {
         let both = placed.iter().flat_map(|reactor| [*reactor; 2]);
         let queues = both.chain(placed.first().copied().filter(|_| control)).collect();
         let placement = Placement { queues, placed: placed.clone() };
+        let mut steering = net.rss.then(|| Steering::new(&shared)).transpose()?;
         let function = Self::assemble(&config.name, device, Kind::Net { shared, limit }, placement, place);
-        let channels_on = |reactor: &usize| {
-            let channel = |on: &usize| (on == reactor).then(|| backend.open_channel()).transpose();
-            placed.iter().map(channel).collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        let mut open = |pair: u16| {
+            let channel = backend.open_channel()?;
+            match &mut steering {
+                Some(steering) => steering.channel(pair, channel),
+                None => Ok(channel),
+            }
         };
-        let outlets = function.used_reactors().iter().map(channels_on).collect::<Result<Vec<_>, _>>();
+        let mut channels_on = |reactor: &usize| {
+            let pairs = placed.iter().zip(0..);
+            let channels = pairs.map(|(on, pair)| (on == reactor).then(|| open(pair)).transpose());
+            channels.collect::<Result<Vec<_>, _>>().map(Outlet::Net)
+        };
+        let outlets = function.used_reactors().iter().map(&mut channels_on).collect::<Result<Vec<_>, _>>();
         let function = function.open(outlets)?;
         let watched = Arc::downgrade(&function);
         backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{FunctionEntry, Inventory, InventoryError, Tables, VolumeEntry, exists, names, same_or_exists};
+use super::{FunctionEntry, Inventory, InventoryError, Tables, VolumeEntry, exists, same_or_exists};
 use crate::backend::BlockInfo;
 use crate::config::{BlkConfig, DeviceConfig, FunctionConfig, LimitConfig, NetChange, NetConfig};
 use crate::control::seam::{Backing, SetError, Standing, StartError};
@@ -84,7 +84,7 @@ impl Inventory {
                 DeviceConfig::Net(net) => {
                     let uplink = &tables.uplink(&net.uplink)?.uplink;
                     tables.check_beside(&place, &config, false)?;
-                    tables.check_room(&place, uplink)?;
+                    tables.check_room(&place, "uplink", uplink)?;
                     check_network(&place, net, uplink)?;
                     let carrier = Arc::clone(uplink.backend.carrier());
                     let sink = StandingSink::of_net(Arc::clone(&self.events), &config.name, carrier);
@@ -232,21 +232,6 @@ impl Tables {
             .try_for_each(|other| config.check_beside(&other.config, shared))
             .map_err(|(key, message)| exists(place, key, &message))
     }
-
-    /// Whether one more function can be on an uplink.
-    fn check_room(&self, place: &str, uplink: &Uplink) -> Result<(), InventoryError> {
-        let users = names(self.uplink_users(&uplink.name));
-        let most = uplink.backend.info().functions_max;
-        if users.len() < most {
-            return Ok(());
-        }
-        let message = format!(
-            "uplink {:?} serves {most} at most, and has {}; delete one of them first, or give this one another uplink",
-            uplink.name,
-            users.join(", ")
-        );
-        Err(InventoryError::Refused(format!("{place}: `uplink`: {message}")))
-    }
 }
 
 /// A function can show larger blocks than its volume has, if they fit, but not smaller ones.
@@ -270,6 +255,10 @@ fn check_network(place: &str, config: &NetConfig, uplink: &Uplink) -> Result<(),
     if config.mtu > info.mtu_max {
         let message = format!("uplink {name:?} carries no more than {0} bytes; write `mtu = {0}`", info.mtu_max);
         return Err(InventoryError::Invalid(format!("{place}: `mtu`: {message}")));
+    }
+    if config.vlan.is_some() && !uplink.backend.has_ports() {
+        let message = format!("uplink {name:?} is no switch, and has no ports with a VLAN; leave the key out");
+        return Err(InventoryError::Invalid(format!("{place}: `vlan`: {message}")));
     }
     if config.queue_pairs > info.channels_max {
         let message = format!(

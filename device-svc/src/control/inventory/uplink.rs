@@ -18,6 +18,8 @@ pub struct UplinkState {
     pub carrier: bool,
     /// The functions that use it.
     pub functions: Vec<String>,
+    /// The uplinks that use it.
+    pub uplinks: Vec<String>,
 }
 
 impl Inventory {
@@ -28,7 +30,7 @@ impl Inventory {
     pub fn create_uplink(&self, config: UplinkConfig) -> Result<bool, InventoryError> {
         let _changing = self.changing();
         let place = format!("uplink {:?}", config.name);
-        {
+        let on = {
             let tables = self.read();
             tables.check_running()?;
             if let Some(entry) = tables.uplinks.get(&config.name) {
@@ -37,8 +39,15 @@ impl Inventory {
             for other in tables.uplinks.values() {
                 config.check_beside(&other.config).map_err(|(key, m)| exists(&place, key, &m))?;
             }
-        }
-        let backend = (self.open_uplink)(&config).map_err(|error| from_backend(&place, error))?;
+            let on = config.backend.uplink().map(|name| tables.uplink(name)).transpose()?;
+            if let Some(on) = on {
+                config.check_on(&on.config).map_err(|(key, m)| exists(&place, key, &m))?;
+                tables.check_room(&place, "backend", &on.uplink)?;
+            }
+            on.map(|on| Arc::clone(&on.uplink))
+        };
+        let on = on.as_ref().map(|on| on.backend.as_ref());
+        let backend = (self.open_uplink)(&config, on).map_err(|error| from_backend(&place, error))?;
         let uplink = Arc::new(Uplink { name: config.name.clone(), backend });
         tracing::info!(uplink = %config.name, backend = %config.backend, "uplink created");
         self.write().uplinks.insert(config.name.clone(), UplinkEntry { config, uplink });
@@ -54,9 +63,9 @@ impl Inventory {
         let entry = {
             let mut tables = self.write();
             tables.uplink(name)?;
-            let users = names(tables.uplink_users(name)).join(", ");
+            let users = tables.users_of(name).join(", ");
             if !users.is_empty() {
-                let message = format!("uplink {name:?} is used by function {users}; delete that first");
+                let message = format!("uplink {name:?} is used by {users}; delete that first");
                 return Err(InventoryError::Refused(message));
             }
             tables.uplinks.remove(name)
@@ -90,7 +99,8 @@ impl Tables {
             config: entry.config.clone(),
             info: entry.uplink.backend.info(),
             carrier: entry.uplink.backend.carrier().is_up(),
-            functions: names(self.uplink_users(&entry.config.name)),
+            functions: names(self.functions_on(&entry.config.name)),
+            uplinks: self.uplinks_on(&entry.config.name).map(|other| other.config.name.clone()).collect(),
         }
     }
 }

@@ -169,3 +169,25 @@ async fn host_shim_sees_network_interfaces_and_their_links() {
     expect(v1::EventKind::LinkDown).await;
     served.end().await;
 }
+
+/// What is shown of a tunnel can be sent back.
+#[test]
+fn tunnels_in_messages() {
+    for text in [
+        "vxlan,vni=0,local=10.9.0.1,port=4789,learn=listed",
+        "geneve,vni=9,local=2001:db8::1,remote=2001:db8::3,,2001:db8::2,mtu=1430,port=7,netns=blue,learn=none",
+    ] {
+        let settings = uplink_settings("u", text);
+        let config = wire::uplink_config(settings.clone()).unwrap();
+        assert_eq!(config.backend.to_string(), text);
+        assert_eq!(wire::uplink_settings(&config), settings);
+    }
+    // What is not given is read as the file reads it.
+    let vxlan = v1::TunnelUplink { local: "10.9.0.1".to_owned(), ..v1::TunnelUplink::default() };
+    let settings = v1::UplinkSettings {
+        name: "u".to_owned(),
+        backend: Some(v1::UplinkBackend { kind: Some(v1::uplink_backend::Kind::Vxlan(vxlan)) }),
+    };
+    let error = wire::uplink_config(settings).unwrap_err().to_string();
+    assert_eq!(error, "uplink \"u\": backend: `vni` is missing; add `vni = 42`, the number of the network");
+}

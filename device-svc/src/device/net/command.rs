@@ -1,8 +1,11 @@
 //! The driver's commands (virtio 1.3, 5.1.6.5): bytes to something that cannot be wrong, and what it changes.
 
+use std::sync::Arc;
+
 use virtio_bindings::virtio_net as spec;
 
 use super::filter::{Octets, Which, is_group};
+use super::hashing::Hashing;
 use super::{NetShared, RECEIVE_FEATURES, RECEIVE_USO6, receive_offloads};
 use crate::backend::net::Offloads;
 
@@ -18,12 +21,22 @@ pub(super) enum Command {
     Unicast(Which),
     Multicast(Which),
     Broadcast(bool),
-    Addresses { named: Vec<Octets>, groups: Vec<Octets> },
+    Addresses {
+        named: Vec<Octets>,
+        groups: Vec<Octets>,
+    },
     Address(Octets),
-    Vlan { vlan: u16, brought: bool },
+    Vlan {
+        vlan: u16,
+        brought: bool,
+    },
     Announced,
     Pairs(u16),
     Undone(Offloads),
+    /// Frames go where their hash leads; so many pairs are used.
+    Steer(Box<Hashing>, u16),
+    /// Hashes are reported.
+    Hash(Box<Hashing>),
 }
 
 /// A command that is not one, or is not negotiated: the driver is told.
@@ -102,14 +115,22 @@ impl Command {
                 let ack = u32::from(command) == spec::VIRTIO_NET_CTRL_ANNOUNCE_ACK && data.is_empty();
                 if ack { Ok(Self::Announced) } else { Err(BadCommand) }
             }
-            spec::VIRTIO_NET_CTRL_MQ => {
-                negotiated(spec::VIRTIO_NET_F_MQ)?;
-                if u32::from(command) != spec::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET {
-                    return Err(BadCommand);
+            spec::VIRTIO_NET_CTRL_MQ => match u32::from(command) {
+                spec::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET => {
+                    negotiated(spec::VIRTIO_NET_F_MQ)?;
+                    let wanted = number(data)?;
+                    if (1..=pairs).contains(&wanted) { Ok(Self::Pairs(wanted)) } else { Err(BadCommand) }
                 }
-                let wanted = number(data)?;
-                if (1..=pairs).contains(&wanted) { Ok(Self::Pairs(wanted)) } else { Err(BadCommand) }
-            }
+                spec::VIRTIO_NET_CTRL_MQ_RSS_CONFIG => {
+                    negotiated(spec::VIRTIO_NET_F_RSS)?;
+                    Hashing::parse_rss(data, pairs).map(|(hashing, used)| Self::Steer(Box::new(hashing), used))
+                }
+                spec::VIRTIO_NET_CTRL_MQ_HASH_CONFIG => {
+                    negotiated(spec::VIRTIO_NET_F_HASH_REPORT)?;
+                    Hashing::parse_hash(data).map(|hashing| Self::Hash(Box::new(hashing)))
+                }
+                _ => Err(BadCommand),
+            },
             spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS => {
                 negotiated(spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)?;
                 if u32::from(command) != spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET {
@@ -125,12 +146,20 @@ impl Command {
     }
 
     /// Does it.
-    pub(super) fn carry_out(self, shared: &NetShared) {
+    ///
+    /// # Errors
+    /// When the function may not have the address that it is given.
+    pub(super) fn carry_out(self, shared: &NetShared) -> Result<(), BadCommand> {
         if self == Self::Announced {
-            return shared.announced();
+            shared.announced();
+            return Ok(());
         }
         if let Self::Address(mac) = self {
-            return shared.set_mac(mac);
+            if !shared.may_be(mac) {
+                return Err(BadCommand);
+            }
+            shared.set_mac(mac);
+            return Ok(());
         }
         let done: Result<(), std::convert::Infallible> = shared.choose(|chosen| {
             let filter = &mut chosen.filter;
@@ -141,13 +170,25 @@ impl Command {
                 Self::Broadcast(on) => filter.broadcast = on,
                 Self::Addresses { named, groups } => filter.set_tables(&named, &groups),
                 Self::Vlan { vlan, brought } => filter.set_vlan(vlan, brought),
-                Self::Pairs(pairs) => chosen.pairs = pairs,
+                Self::Pairs(pairs) => {
+                    // The device steers by its own rules again (virtio 1.3, 5.1.6.5.5).
+                    chosen.pairs = pairs;
+                    chosen.hashing = chosen.hashing.as_ref().map(|hashing| Arc::new(hashing.without_table()));
+                }
+                Self::Steer(hashing, pairs) => {
+                    chosen.pairs = pairs;
+                    chosen.hashing = Some(Arc::new(*hashing));
+                }
+                Self::Hash(hashing) => {
+                    chosen.hashing = Some(Arc::new(hashing.with_table_of(chosen.hashing.as_deref())));
+                }
                 Self::Undone(offloads) => chosen.undone = Some(offloads),
                 Self::Announced | Self::Address(_) => {}
             }
             Ok(())
         });
         let Ok(()) = done;
+        Ok(())
     }
 }
 

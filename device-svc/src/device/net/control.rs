@@ -108,12 +108,12 @@ impl<E: DmaEngine> ControlLane<E> {
     fn carry_out(&mut self, fetched: Fetched) -> Result<(), QueueFault> {
         self.bytes.resize(fetched.bytes as usize, 0);
         self.queue.mirror.engine_ref().card().copy_out(self.place, &mut self.bytes);
-        let answer = match Command::parse(&self.bytes, self.accepted, self.shared.settings.pairs) {
-            Ok(command) => {
-                tracing::debug!(?command, "the driver commands");
-                command.carry_out(&self.shared);
-                spec::VIRTIO_NET_OK
-            }
+        let command = Command::parse(&self.bytes, self.accepted, self.shared.settings.pairs);
+        let answer = match command.and_then(|command| {
+            tracing::debug!(?command, "the driver commands");
+            command.carry_out(&self.shared)
+        }) {
+            Ok(()) => spec::VIRTIO_NET_OK,
             Err(bad) => {
                 tracing::debug!(%bad, bytes = ?&self.bytes[..self.bytes.len().min(8)], "a command is refused");
                 self.queue.counters.errors.add(1);

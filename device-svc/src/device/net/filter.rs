@@ -2,10 +2,8 @@
 //!
 //! Without a control queue there is nobody to say, and all are brought; so it is after a reset until the driver says something.
 
+pub use crate::backend::net::Octets;
 use crate::backend::net::{ETHERNET_BYTES, VLAN_TAG_BYTES};
-
-/// An Ethernet address, in the order in which it is sent.
-pub type Octets = [u8; 6];
 
 /// Addresses of each kind that a driver can name; one that names more gets all of that kind (virtio 1.3, 5.1.6.5.2).
 pub(super) const TABLE_MAX: usize = 64;

@@ -9,12 +9,15 @@
 //! Frames are kept in order, and nothing of a frame outlives the turn in which a channel takes it: so a lane's rows are a ring, with a
 //! counter for each stage, and no list of free ones.
 
+mod anti_spoofing;
 mod chosen;
 mod command;
 mod control;
 mod filter;
+mod hashing;
 mod receive;
 mod staging;
+mod steering;
 mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -34,14 +37,19 @@ use crate::metrics::NetCounters;
 use crate::mirror::Reach;
 use crate::virtqueue::features;
 
+pub use anti_spoofing::AntiSpoofing;
 pub use chosen::Chosen;
 pub use control::ControlLane;
 pub use filter::{Filter, Octets};
+pub use hashing::Hashing;
 pub use receive::ReceiveLane;
+pub use steering::Steering;
 pub use transmit::TransmitLane;
 
 /// Bytes of the header of a driver that knows nothing of virtio 1, nor of merged buffers (virtio 1.3, 5.1.6.1).
 const LEGACY_HEADER_BYTES: u32 = HEADER_BYTES - 2;
+/// Bytes of the header that has the frame's hash behind it (virtio 1.3, 5.1.6.1).
+const HASH_HEADER_BYTES: u32 = HEADER_BYTES + 8;
 /// Requests of a queue under way at most, in a queue that is larger.
 const ROWS_MAX: u16 = 1024;
 /// The speed of a link that nobody knows (virtio 1.3, 5.1.4).
@@ -65,6 +73,11 @@ pub struct NetSettings {
     pub control: bool,
     /// Whether frames go through card memory as a whole though they could stay in place until they are sent.
     pub copy_payload: bool,
+    /// Whether the driver may say which flow goes to which pair, and be told hashes. Needs the control queue, and channels that
+    /// [`Steering`] stands around.
+    pub rss: bool,
+    /// What the VM may say it is; `None`: anything.
+    pub anti_spoofing: Option<AntiSpoofing>,
     /// Limits, all of which a frame must pass.
     pub limits: Vec<Arc<Limit>>,
 }
@@ -156,27 +169,52 @@ const fn octets_of(bits: u64) -> Octets {
 
 /// Bytes of the header before each frame.
 const fn header_bytes(accepted: u64) -> u32 {
-    if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
+    if accepted & 1 << spec::VIRTIO_NET_F_HASH_REPORT != 0 {
+        HASH_HEADER_BYTES
+    } else if accepted & (features::VERSION_1 | 1 << spec::VIRTIO_NET_F_MRG_RXBUF) != 0 {
         HEADER_BYTES
     } else {
         LEGACY_HEADER_BYTES
     }
 }
 
-/// Counts a frame that is carried; `start` are its first bytes at least, `bytes` all.
-#[inline]
-fn count(counters: &NetCounters, header: &NetHeader, start: &[u8], bytes: u32) {
-    counters.packets.add(1);
-    counters.bytes.add(u64::from(bytes));
-    if let Some(destination) = start.first_chunk::<6>()
-        && filter::is_group(*destination)
-    {
-        let kind = if *destination == filter::BROADCAST { &counters.broadcasts } else { &counters.multicasts };
-        kind.add(1);
+/// Frames of a burst that are carried, counted apart from what other threads read.
+#[derive(Clone, Copy, Default, Debug)]
+struct Tally {
+    packets: u64,
+    bytes: u64,
+    broadcasts: u64,
+    multicasts: u64,
+    undone_checksums: u64,
+    undone_segmentations: u64,
+}
+
+impl Tally {
+    /// Counts a frame that is carried.
+    #[inline]
+    fn frame(&mut self, header: &NetHeader, destination: Octets, bytes: u32) {
+        self.packets += 1;
+        self.bytes += u64::from(bytes);
+        if filter::is_group(destination) {
+            let is_broadcast = destination == filter::BROADCAST;
+            self.broadcasts += u64::from(is_broadcast);
+            self.multicasts += u64::from(!is_broadcast);
+        }
+        if *header != NetHeader::DONE {
+            self.undone_checksums += u64::from(matches!(header.checksum, Checksum::Needed { .. }));
+            self.undone_segmentations += u64::from(header.segmentation.is_some());
+        }
     }
-    if *header != NetHeader::DONE {
-        counters.undone_checksums.add(u64::from(matches!(header.checksum, Checksum::Needed { .. })));
-        counters.undone_segmentations.add(u64::from(header.segmentation.is_some()));
+
+    /// The burst is over.
+    #[inline]
+    fn add_to(self, counters: &NetCounters) {
+        counters.packets.add(self.packets);
+        counters.bytes.add(self.bytes);
+        counters.broadcasts.add(self.broadcasts);
+        counters.multicasts.add(self.multicasts);
+        counters.undone_checksums.add(self.undone_checksums);
+        counters.undone_segmentations.add(self.undone_segmentations);
     }
 }
 
@@ -201,7 +239,11 @@ impl NetShared {
 
     /// The number of the control queue, if there is one (virtio 1.3, 5.1.2).
     fn control_queue(&self, accepted: u64) -> Option<u16> {
-        let pairs = if accepted & 1 << spec::VIRTIO_NET_F_MQ != 0 { self.settings.pairs } else { 1 };
+        let pairs = if accepted & (1 << spec::VIRTIO_NET_F_MQ | 1 << spec::VIRTIO_NET_F_RSS) != 0 {
+            self.settings.pairs
+        } else {
+            1
+        };
         self.settings.control.then_some(pairs * 2)
     }
 
@@ -298,8 +340,17 @@ impl NetShared {
         self.settings.control
     }
 
+    /// Whether the function may have this address, or say that it has: where the VM may not say it is another, only its own.
+    fn may_be(&self, address: Octets) -> bool {
+        let keeps = self.settings.anti_spoofing.as_ref().is_some_and(|rules| rules.mac);
+        !keeps || address == self.mac()
+    }
+
     /// The card tells the network where this address is, for a driver that cannot be asked to.
     pub fn announce_for(&self, address: Octets) {
+        if !self.may_be(address) {
+            return;
+        }
         self.announced_by_card.store(bits_of(address), Ordering::Release);
         self.tell_lanes();
     }
@@ -325,6 +376,12 @@ impl NetShared {
     /// The driver has announced itself.
     fn announced(&self) {
         self.announce.store(false, Ordering::Release);
+    }
+
+    /// Whether any limit limits anything now.
+    #[inline]
+    pub(super) fn is_limited(&self) -> bool {
+        self.settings.limits.iter().any(|limit| limit.is_limited())
     }
 
     /// A frame passes all limits, and pays for it, or is told when to ask again.
@@ -365,6 +422,9 @@ impl NetShared {
         if pairs > 1 {
             bits |= 1 << spec::VIRTIO_NET_F_MQ;
         }
+        if self.hashes() {
+            bits |= 1 << spec::VIRTIO_NET_F_RSS | 1 << spec::VIRTIO_NET_F_HASH_REPORT;
+        }
         let Offloads { checksum, tso4, tso6, ecn, uso } = self.uplink.transmit;
         let transmit = TRANSMIT_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
         bits |= transmit.filter(|(_, offered)| *offered).fold(0, |all, (bit, _)| all | 1 << bit);
@@ -372,6 +432,10 @@ impl NetShared {
         let receive = RECEIVE_FEATURES.into_iter().zip([checksum, tso4, tso6, ecn, uso]);
         let further = [(RECEIVE_USO6, uso), (spec::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, control && checksum)];
         receive.chain(further).filter(|(_, offered)| *offered).fold(bits, |all, (bit, _)| all | 1 << bit)
+    }
+
+    const fn hashes(&self) -> bool {
+        self.settings.rss && self.settings.control
     }
 
     /// The configuration space.
@@ -386,9 +450,9 @@ impl NetShared {
             mtu: self.mtu(),
             speed: SPEED_UNKNOWN,
             duplex: DUPLEX_FULL,
-            rss_key_bytes: 0,
-            rss_table_entries: 0,
-            hash_types: 0,
+            rss_key_bytes: if self.hashes() { hashing::KEY_BYTES_MAX } else { 0 },
+            rss_table_entries: if self.hashes() { hashing::TABLE_ENTRIES_MAX } else { 0 },
+            hash_types: if self.hashes() { hashing::TYPES } else { 0 },
         };
         space.as_bytes().to_vec()
     }

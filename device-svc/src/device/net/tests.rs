@@ -64,6 +64,8 @@ impl Shape {
             packed: true,
             control: true,
             copy_payload: false,
+            rss: false,
+            anti_spoofing: None,
             limits: Vec::new(),
         };
         Self {

@@ -45,6 +45,7 @@ fn a_frame_is_cut_only_as_it_can_be() {
     let good = NetHeader::parse(&cut(TCP4, 1448), 3000, Offloads::ALL).unwrap();
     assert_eq!(good.segmentation.unwrap().bytes, 1448);
     assert_eq!(good.to_raw(0), cut(TCP4, 1448));
+    assert_eq!(good.to_raw(0x1234).to_bytes(), IntoBytes::as_bytes(&good.to_raw(0x1234)));
     let with_ecn = NetHeader::parse(&cut(TCP4 | ECN, 1448), 3000, Offloads::ALL).unwrap();
     assert_eq!(with_ecn.to_raw(3), RawNetHeader { buffers: 3, ..cut(TCP4 | ECN, 1448) });
     assert_eq!(NetHeader::parse(&cut(TCP4, 0), 3000, Offloads::ALL), Err(BadHeader::BadSegmentation));

@@ -12,7 +12,7 @@ mod transmit;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use super::{Carrier, Incoming, NetBackend, NetChannel, NetInfo, Offloads, Outgoing, Sent};
+use super::{Carrier, Incoming, NetBackend, NetChannel, NetInfo, Offloads, Outgoing, PortSettings, Sent};
 use crate::backend::BackendError;
 
 pub use segment::{CannotCut, Cut};
@@ -37,6 +37,15 @@ impl NetBackend for SoftwareOffload {
 
     fn carrier(&self) -> &Arc<Carrier> {
         self.inner.carrier()
+    }
+
+    fn port(&self, settings: PortSettings) -> Result<Option<Arc<dyn NetBackend>>, BackendError> {
+        let port = self.inner.port(settings)?;
+        Ok(port.map(|inner| Arc::new(Self { inner }) as Arc<dyn NetBackend>))
+    }
+
+    fn has_ports(&self) -> bool {
+        self.inner.has_ports()
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
@@ -95,6 +104,19 @@ impl NetChannel for SoftwareOffloadChannel {
         self.inbound.release(self.inner.as_mut(), count);
         // Where what is sent comes back, there is room now.
         self.outbound.go_on(self.inner.as_mut());
+    }
+
+    #[inline]
+    fn carry(&mut self) -> bool {
+        self.inner.carry()
+    }
+
+    fn missed(&mut self) -> u64 {
+        self.inner.missed()
+    }
+
+    fn arm_carrying(&mut self) -> bool {
+        self.inner.arm_carrying()
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

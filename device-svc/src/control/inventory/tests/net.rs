@@ -117,7 +117,7 @@ fn an_uplink_serves_as_many_functions_as_it_can() {
     assert_eq!(
         refused,
         InventoryError::Refused(
-            "function \"net1\": `uplink`: uplink \"one\" serves 1 at most, and has net0; delete one of them first, or give \
+            "function \"net1\": `uplink`: uplink \"one\" serves 1 at most, and has function \"net0\"; delete one of them first, or give \
              this one another uplink"
                 .to_owned()
         )
@@ -135,7 +135,9 @@ fn a_used_uplink_is_not_deleted() {
     inventory.start_all(&config(&["net0", "net1"])).unwrap();
     assert_eq!(
         inventory.delete_uplink("any"),
-        Err(InventoryError::Refused("uplink \"any\" is used by function net0, net1; delete that first".to_owned()))
+        Err(InventoryError::Refused(
+            "uplink \"any\" is used by function \"net0\", function \"net1\"; delete that first".to_owned()
+        ))
     );
     inventory.delete_function("net0").unwrap();
     inventory.delete_function("net1").unwrap();

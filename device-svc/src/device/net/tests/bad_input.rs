@@ -29,6 +29,31 @@ fn frames_that_ask_for_what_was_not_negotiated_are_dropped() {
 }
 
 #[test]
+fn frames_of_another_are_dropped_where_that_is_asked_for() {
+    let mut shape = Shape::new();
+    shape.settings.anti_spoofing = Some(AntiSpoofing { mac: true, vlans: None, addresses: None });
+    let mut bed = Bed::new(&shape);
+    bed.receive.add_buffers(8, 1);
+    let from = |source: Octets| [&PEER[..], &source, &[8, 0], &[0; 46]].concat();
+    let own = bed.shared.mac();
+    bed.send(&from(PEER));
+    bed.send(&from(own));
+    bed.send(&from([0; 6]));
+    assert_eq!(bed.frame().1, looped(&from(own)), "its own is sent");
+    bed.until("drops", |bed| (bed.drops(1, DropReason::Spoofed) == 2).then_some(()));
+    // Nor may the driver take another address, but its own it may.
+    let (class, set) = (spec::VIRTIO_NET_CTRL_MAC, spec::VIRTIO_NET_CTRL_MAC_ADDR_SET);
+    assert_eq!(bed.command(class, set, &PEER), spec::VIRTIO_NET_ERR as u8);
+    assert_eq!(bed.shared.mac(), own);
+    assert_eq!(bed.command(class, set, &own), spec::VIRTIO_NET_OK as u8);
+    // Nor does the card announce another.
+    bed.shared.announce_for(PEER);
+    bed.send(&from(own));
+    assert_eq!(bed.frame().1, looped(&from(own)), "nothing before it");
+    assert!(bed.faults.0.lock().unwrap().is_empty());
+}
+
+#[test]
 fn a_frame_over_the_mtu_is_dropped() {
     let mut shape = Shape::new();
     shape.settings.mtu = 1500;

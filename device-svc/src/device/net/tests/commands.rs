@@ -168,3 +168,44 @@ fn the_card_announces_an_address() {
     }
     assert!(bed.receive.take().is_none(), "once");
 }
+
+#[test]
+fn hashes_are_reported_to_a_driver_that_asked_for_them() {
+    use super::super::hashing::TYPES;
+    use super::super::hashing::tests::{KEY, known, rss};
+    const MQ: u32 = spec::VIRTIO_NET_CTRL_MQ;
+    let mut shape = Shape::new();
+    assert_eq!(
+        Bed::new(&shape).command(MQ, spec::VIRTIO_NET_CTRL_MQ_RSS_CONFIG, &rss(TYPES, &[0], 0, 1, &KEY)),
+        REFUSED
+    );
+    shape.settings.rss = true;
+    for late in [None, Some(7)] {
+        let mut bed = Bed::new(&Shape { late, ..shape.clone() });
+        let space = bed.shared.config_space();
+        assert_eq!(space[17..], [&[40_u8, 128, 0][..], &TYPES.to_le_bytes()].concat());
+        bed.receive.add_buffers(8, 1);
+        // The loop swaps the addresses of Ethernet alone.
+        bed.send(&known(true));
+        let (header, frame) = bed.frame();
+        assert_eq!((header.hash, header.hash_report), (0, 0), "nothing is asked for yet");
+        assert_eq!(frame, looped(&known(true)));
+        let hash = [&TYPES.to_le_bytes()[..], &[0; 8], &[40], &KEY].concat();
+        assert_eq!(bed.command(MQ, spec::VIRTIO_NET_CTRL_MQ_HASH_CONFIG, &hash), OK);
+        bed.send(&known(true));
+        let (header, frame) = bed.frame();
+        assert_eq!((header.hash, header.hash_report), (0x51cc_c178, 2));
+        assert_eq!(frame, looped(&known(true)));
+        let alone = rss(spec::VIRTIO_NET_RSS_HASH_TYPE_IPv4, &[0, 0], 0, 1, &KEY);
+        assert_eq!(bed.command(MQ, spec::VIRTIO_NET_CTRL_MQ_RSS_CONFIG, &alone), OK);
+        assert_eq!(bed.shared.chosen().pairs, 1);
+        bed.send(&known(false));
+        let (header, _) = bed.frame();
+        assert_eq!((header.hash, header.hash_report), (0x323e_8fc2, 1));
+        assert_eq!(bed.command(MQ, spec::VIRTIO_NET_CTRL_MQ_RSS_CONFIG, &rss(TYPES, &[1], 0, 1, &KEY)), REFUSED);
+        bed.shared.reset();
+        bed.send(&known(true));
+        assert_eq!(bed.frame().0.hash_report, 0, "forgotten with a reset");
+        assert!(bed.faults.0.lock().unwrap().is_empty());
+    }
+}

@@ -1,4 +1,5 @@
-//! The protocol by which a reactor goes to sleep without losing a wake-up.
+//! The protocol by which a reactor goes to sleep without losing a wake-up: of its mailbox, and of what other reactors put in for its
+//! network channels.
 //!
 //! ```text
 //!   poster                      reactor
@@ -13,9 +14,12 @@
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// The flag and the fence, as an interface, so that a model checker can stand in for the real ones.
-pub(super) trait Flag {
+pub(crate) trait Flag {
+    /// Stores it.
     fn set(&self, value: bool);
+    /// Loads it.
     fn get(&self) -> bool;
+    /// What was stored before is seen by whoever does not see what is loaded after.
     fn full_fence();
 }
 
@@ -38,7 +42,7 @@ impl Flag for AtomicBool {
 
 /// Whether a reactor is asleep.
 #[derive(Debug, Default)]
-pub(super) struct Asleep<F = AtomicBool>(F);
+pub(crate) struct Asleep<F = AtomicBool>(F);
 
 impl<F: Flag> Asleep<F> {
     #[cfg(test)]
@@ -47,7 +51,7 @@ impl<F: Flag> Asleep<F> {
     }
 
     /// The reactor wants to sleep: says so, then asks `is_idle` once more. Returns whether it may sleep.
-    pub(super) fn prepare(&self, is_idle: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn prepare(&self, is_idle: impl FnOnce() -> bool) -> bool {
         self.0.set(true);
         F::full_fence();
         if is_idle() {
@@ -58,13 +62,13 @@ impl<F: Flag> Asleep<F> {
     }
 
     /// The reactor is awake again.
-    pub(super) fn awake(&self) {
+    pub(crate) fn awake(&self) {
         self.0.set(false);
     }
 
     /// Somebody has put something where the reactor looks. Returns whether its bell must be rung; two posters may both ring
     /// it, which costs less than an exchange that every poster would fight over.
-    pub(super) fn must_ring(&self) -> bool {
+    pub(crate) fn must_ring(&self) -> bool {
         F::full_fence();
         self.0.get()
     }
