@@ -12,6 +12,7 @@ use super::super::bed::{
 use super::super::offload::SoftwareOffload;
 use super::super::packet_socket::bound_to;
 use super::super::{BURST, NetBackend, NetChannel, NetHeader, Offloads, Segmentation, SegmentationKind, Sent};
+use super::program::Mode;
 use super::socket::{MTU_MAX, XdpSocket};
 use super::{AfXdpBackend, AfXdpSettings};
 use crate::backend::BackendError;
@@ -335,6 +336,47 @@ fn a_long_frame_takes_a_longer_chunk() {
     assert_eq!(seen[7], frame(7, longest));
 }
 
+/// A macvlan's driver has no AF_XDP, and takes no program: the kernel does it all.
+#[test]
+fn what_a_driver_cannot_do_the_kernel_does() {
+    let (bed, wire, _packets) = lab!();
+    drop(wire);
+    bed.ip(&["link", "add", "mac0", "link", OWN, "address", "02:00:00:00:00:77", "type", "macvlan", "mode", "bridge"]);
+    bed.ip(&["link", "set", "mac0", "up"]);
+    let uplink = bed.try_xdp("mac0", 1).unwrap();
+    assert_eq!(uplink.device.state().attached.as_ref().map(|attached| attached.mode), Some(Mode::Generic));
+    until(|| uplink.carrier().is_up());
+    let (stack, packets) = (bed.packets("mac0", false), bed.packets(FAR, false));
+    let mut channel = enabled(&uplink);
+    for round in 0..3 {
+        for number in 0..100 {
+            give(&packets, &frame(number, 60 + number * 14));
+        }
+        for (at, (header, bytes)) in take(&mut *channel, 100).iter().enumerate() {
+            assert_eq!((*header, bytes), (NetHeader::DONE, &frame(at, 60 + at * 14)), "round {round}");
+        }
+        let mut burst = plain(0..BURST, 1514);
+        // What is for the macvlan itself would not go out.
+        burst.iter_mut().for_each(|(_, bytes)| bytes[5] = 0x78);
+        assert_eq!(transmit(&mut *channel, &burst), all_sent(BURST));
+        let mut seen = Vec::new();
+        until(|| {
+            seen.extend(received(&packets).iter().map(|frame| number(frame)));
+            seen.len() >= BURST
+        });
+        assert_eq!(seen, (0..BURST).collect::<Vec<_>>());
+    }
+    assert_eq!(received(&stack).len(), 0);
+    channel.enable(false);
+    give(&packets, &frame(200, 60));
+    let mut seen = Vec::new();
+    until(|| {
+        seen.extend(received(&stack).iter().map(|frame| number(frame)));
+        !seen.is_empty()
+    });
+    assert_eq!(seen, [200]);
+}
+
 #[test]
 fn each_queue_has_its_channel() {
     let Some(bed) = Bed::new() else { return };
@@ -389,6 +431,6 @@ fn what_cannot_be_used_is_refused_with_the_next_step() {
     bed.ip(&["tuntap", "add", "dev", "tun0", "mode", "tun"]);
     refused(bed.try_xdp("tun0", 1).unwrap_err(), "Ethernet");
     // One that another has the queue of.
-    let other = bed.namespace.run(|| XdpSocket::open(index, 0, 1500, super::Mode::Driver).map(drop)).unwrap();
+    let other = bed.namespace.run(|| XdpSocket::open(index, 0, 1500, Mode::Driver).map(drop)).unwrap();
     assert_eq!(other, Ok(()));
 }
