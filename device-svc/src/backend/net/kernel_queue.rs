@@ -31,7 +31,7 @@ use super::{
     VLAN_TAG_BYTES,
 };
 use crate::backend::BackendError;
-use crate::backend::ring::Ring;
+use crate::backend::ring::{Ring, Users};
 
 /// Reads, writes, two polls and their two removals.
 const ENTRIES: u32 = 128;
@@ -201,9 +201,9 @@ unsafe impl Send for KernelQueue {}
 
 impl KernelQueue {
     /// A queue of `port` on a descriptor that does not block and is not attached.
-    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind) -> Result<Self, BackendError> {
+    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind, users: Users) -> Result<Self, BackendError> {
         let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
-        let ring = Ring::new(file.as_fd(), ENTRIES, user)?;
+        let ring = Ring::new(file.as_fd(), ENTRIES, user, users)?;
         let slab = Slab::new();
         let (messages, sends) = match kind {
             Kind::Tap => Default::default(),

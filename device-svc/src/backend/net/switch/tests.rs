@@ -7,7 +7,9 @@ use std::os::fd::RawFd;
 
 use super::*;
 use crate::backend::Segments;
-use crate::backend::net::{Checksum, Incoming, NetHeader, Octets, Outgoing, Sent};
+use crate::backend::net::bed::{Bed, all_sent, plain, received, transmit, until};
+use crate::backend::net::tap::{TapBackend, TapSettings};
+use crate::backend::net::{BURST, Checksum, Incoming, NetHeader, Octets, Outgoing, Sent};
 
 const ALL: Octets = [0xff; 6];
 
@@ -351,4 +353,29 @@ fn a_sleeper_is_woken_by_what_is_put_in() {
     assert!(b.arm());
     drop(a);
     assert!(readable(b.as_ref()));
+}
+
+#[test]
+fn an_uplink_of_the_kernels_is_shared_by_threads() {
+    let Some(bed) = Bed::new() else { return };
+    let settings = TapSettings { name: "dray0".to_owned(), netns: Some(bed.name().to_owned()), mtu: None };
+    let tap = TapBackend::new(settings).unwrap();
+    let switch = SwitchBackend::new(Some(&tap)).unwrap();
+    let packets = bed.packets("dray0", false);
+    let mut channels = [plugged(&switch, None), plugged(&switch, None)];
+    for round in 0..3 {
+        for channel in &mut channels {
+            let turn = || {
+                channel.carry();
+                assert_eq!(transmit(channel.as_mut(), &plain(0..BURST, 60)), all_sent(BURST), "round {round}");
+                channel.arm_carrying();
+            };
+            std::thread::scope(|scope| scope.spawn(turn).join().unwrap());
+        }
+    }
+    let mut count = 0;
+    until(|| {
+        count += received(&packets).len();
+        count == 6 * BURST
+    });
 }

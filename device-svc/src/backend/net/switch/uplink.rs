@@ -37,7 +37,7 @@ pub(super) struct UplinkSide {
 
 impl UplinkSide {
     pub(super) fn open(uplink: &dyn NetBackend) -> Result<Self, BackendError> {
-        let mut channel = uplink.open_channel()?;
+        let mut channel = uplink.open_shared_channel()?;
         // Each VM has other wishes; what one does not take undone is done for it after the switch.
         channel.leave_undone(Offloads::ALL);
         let (waiting, mut outbox) = Inbox::pair()?;

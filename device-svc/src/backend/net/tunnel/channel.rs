@@ -22,7 +22,7 @@ use super::outer::{OuterAddress, SocketAddress};
 use super::wire::{OUTER_HEADER_BYTES, OuterHeader};
 use super::{Tunnel, socket};
 use crate::backend::BackendError;
-use crate::backend::ring::Ring;
+use crate::backend::ring::{Ring, Users};
 use crate::clock::Moment;
 
 /// Two polls, and room to spare.
@@ -98,10 +98,10 @@ pub(super) struct TunnelChannel {
 unsafe impl Send for TunnelChannel {}
 
 impl TunnelChannel {
-    pub(super) fn new(tunnel: Arc<Tunnel>) -> Result<Self, BackendError> {
+    pub(super) fn new(tunnel: Arc<Tunnel>, users: Users) -> Result<Self, BackendError> {
         let receiver = tunnel.network.open_receiver()?;
         let sender = tunnel.network.open_sender()?;
-        let ring = Ring::new(receiver.socket.as_fd(), ENTRIES, "a tunnel")?;
+        let ring = Ring::new(receiver.socket.as_fd(), ENTRIES, "a tunnel", users)?;
         let header = tunnel.kind.header(tunnel.vni, tunnel.port);
         let nowhere = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         Ok(Self {
