@@ -80,6 +80,8 @@ pub(super) struct TunnelChannel {
     readable: bool,
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
+    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
+    room_came: bool,
     slab: Slab,
     places: Box<[libc::iovec; BURST]>,
     incoming: Messages,
@@ -113,6 +115,7 @@ impl TunnelChannel {
             polled: false,
             readable: false,
             waits_for_room: false,
+            room_came: false,
             slab: Slab::new(),
             places: Box::new([nowhere; BURST]),
             incoming: Messages::new(),
@@ -142,14 +145,14 @@ impl TunnelChannel {
     /// Takes what the polls have noted.
     #[inline]
     fn take(&mut self) {
-        let Self { ring, polled, readable, waits_for_room, .. } = self;
+        let Self { ring, polled, readable, waits_for_room, room_came, .. } = self;
         for entry in ring.ended() {
             match entry.user_data() {
                 POLL_IN => {
                     *readable = true;
                     *polled = cqueue::more(entry.flags());
                 }
-                _ => *waits_for_room = false,
+                _ => (*waits_for_room, *room_came) = (false, true),
             }
         }
     }
@@ -416,7 +419,7 @@ impl NetChannel for TunnelChannel {
         if !self.enabled {
             return true;
         }
-        if self.readable || self.ring.has_work() {
+        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
             return false;
         }
         if !self.ring.armed() {
@@ -425,6 +428,6 @@ impl NetChannel for TunnelChannel {
             }
             self.take();
         }
-        !self.readable && self.polled && self.ring.armed()
+        !self.readable && !self.room_came && self.polled && self.ring.armed()
     }
 }
