@@ -36,6 +36,8 @@ struct Wire {
     come: VecDeque<Vec<u8>>,
     /// Frames that it takes still.
     room: usize,
+    /// Of those, so many are lost in each burst.
+    lost: usize,
 }
 
 struct WireBackend {
@@ -98,7 +100,7 @@ impl NetChannel for WireChannel {
         wire.room -= taken;
         let sent = frames[..taken].iter().map(bytes_of);
         wire.sent.extend(sent);
-        Sent { taken, lost: 0 }
+        Sent { taken, lost: wire.lost.min(taken) }
     }
     fn receive(&mut self, most: usize) -> &[Incoming] {
         let mut wire = self.wire.lock().unwrap();
@@ -139,6 +141,12 @@ fn send_with(channel: &mut dyn NetChannel, header: NetHeader, bytes: &[u8]) -> S
 
 fn send(channel: &mut dyn NetChannel, bytes: &[u8]) {
     assert_eq!(send_with(channel, NetHeader::DONE, bytes), Sent { taken: 1, lost: 0 });
+}
+
+fn readable(channel: &dyn NetChannel) -> bool {
+    let mut poll = libc::pollfd { fd: channel.wake_fd().unwrap(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one descriptor that the channel has.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
 }
 
 fn come(channel: &mut dyn NetChannel) -> Vec<Vec<u8>> {
@@ -271,6 +279,57 @@ fn an_uplink_without_room_holds_up_its_own_frames_alone() {
     assert_eq!(wire.sent(), vec![out(1), out(2), out(3)], "in order");
 }
 
+/// Two channels on an uplink that has no room, which one of them was told.
+fn full() -> (WireBackend, Box<dyn NetChannel>, Box<dyn NetChannel>) {
+    let wire = WireBackend::new();
+    let switch = SwitchBackend::new(Some(&wire)).unwrap();
+    let (mut a, mut b) = (plugged(&switch, None), plugged(&switch, None));
+    wire.wire.lock().unwrap().come.push_back(frame(ALL, station(100), None, 0));
+    a.carry();
+    come(a.as_mut());
+    come(b.as_mut());
+    wire.wire.lock().unwrap().room = 0;
+    let out = frame(station(100), station(1), None, 1);
+    send(a.as_mut(), &out);
+    assert_eq!(send_with(a.as_mut(), NetHeader::DONE, &out), Sent { taken: 0, lost: 0 });
+    (wire, a, b)
+}
+
+#[test]
+fn one_who_waits_for_the_uplink_is_woken_when_another_finds_room() {
+    let (wire, mut a, mut b) = full();
+    assert!(a.arm_carrying(), "there is nothing to do");
+    assert!(!readable(a.as_ref()));
+    wire.wire.lock().unwrap().room = usize::MAX;
+    b.carry();
+    assert_eq!(wire.sent().len(), 1);
+    assert!(readable(a.as_ref()));
+    // Room that has come before it sleeps keeps it awake, once.
+    let (wire, mut a, mut b) = full();
+    wire.wire.lock().unwrap().room = usize::MAX;
+    b.carry();
+    assert!(!a.arm_carrying(), "the frame that was not taken can be given again");
+    assert!(a.arm_carrying());
+}
+
+#[test]
+fn what_the_uplink_loses_is_counted() {
+    let wire = WireBackend::new();
+    let switch = SwitchBackend::new(Some(&wire)).unwrap();
+    let mut a = plugged(&switch, None);
+    let out = frame(ALL, station(1), None, 1);
+    wire.wire.lock().unwrap().lost = 1;
+    assert_eq!(send_with(a.as_mut(), NetHeader::DONE, &out), Sent { taken: 1, lost: 1 });
+    // What is for all is kept for an uplink without room, as far as there is room for that.
+    wire.wire.lock().unwrap().room = 0;
+    let lost = (0..2000).map(|_| send_with(a.as_mut(), NetHeader::DONE, &out)).filter(|sent| sent.lost == 1).count();
+    wire.wire.lock().unwrap().room = usize::MAX;
+    wire.sent();
+    a.carry();
+    assert_eq!(lost + wire.sent().len(), 2000);
+    assert!(lost > 1000, "{lost}");
+}
+
 #[test]
 fn one_who_takes_nothing_loses_its_own_frames_alone() {
     let switch = SwitchBackend::new(None).unwrap();
@@ -333,11 +392,6 @@ fn a_flow_keeps_to_one_channel_of_a_port_and_flows_use_all() {
 fn a_sleeper_is_woken_by_what_is_put_in() {
     let switch = SwitchBackend::new(None).unwrap();
     let (mut a, mut b) = (plugged(&switch, None), plugged(&switch, None));
-    let readable = |channel: &dyn NetChannel| {
-        let mut poll = libc::pollfd { fd: channel.wake_fd().unwrap(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one descriptor that the channel has.
-        unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
-    };
     assert!(b.arm() && b.arm_carrying());
     assert!(!readable(b.as_ref()));
     send(a.as_mut(), &frame(ALL, station(1), None, 1));
@@ -348,6 +402,12 @@ fn a_sleeper_is_woken_by_what_is_put_in() {
     assert_eq!(come(b.as_mut()).len(), 1);
     send(a.as_mut(), &frame(ALL, station(1), None, 2));
     assert!(!readable(b.as_ref()), "nobody rings for one who is awake");
+    assert_eq!(come(b.as_mut()).len(), 1);
+    // One who was about to sleep, and was woken by something else, is awake as well.
+    assert!(b.arm());
+    b.carry();
+    send(a.as_mut(), &frame(ALL, station(1), None, 3));
+    assert!(!readable(b.as_ref()), "nobody rings for one who turns");
     assert_eq!(come(b.as_mut()).len(), 1);
     // One that leaves wakes the others: it may have been the one who looked after the uplink.
     assert!(b.arm());
