@@ -61,6 +61,8 @@ fn vlan_of(frame: &Frame<'_>, port: Option<u16>) -> Option<(u16, Option<u16>)> {
     let tag = frame.tag();
     match (port, tag) {
         (None, tag) => Some((tag.unwrap_or(0), tag)),
+        // Where its own is taken off, a tag of another would be left.
+        (Some(_), _) if frame.has_hidden_tag() => None,
         (Some(own), None | Some(0)) => Some((own, tag)),
         (Some(own), Some(named)) => (own == named).then_some((own, tag)),
     }
@@ -94,6 +96,9 @@ impl View {
     fn put(&mut self, number: usize, frame: &Frame<'_>, vlan: u16, tag: Option<u16>) {
         let Some(Some(port)) = self.ports.get(number) else { return };
         let (Some(tag), Some(inbox)) = (tag_for(port.vlan, vlan, tag), inbox_of(port, frame)) else { return };
+        if port.vlan.is_some() && frame.has_hidden_tag() {
+            return;
+        }
         let Some((header, bytes)) = frame.changed(tag) else {
             inbox.miss();
             return;
