@@ -116,6 +116,7 @@ fn judge_ipv6(allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<usize> {
     }
     let before = packet.len() - rest.len();
     if next != ICMPV6 {
+        holds(!source.is_unspecified())?;
         return Some(before);
     }
     if *rest.first()? != NEIGHBOUR_ADVERTISEMENT {

@@ -119,6 +119,9 @@ fn ipv6_comes_from_and_tells_of_the_functions_addresses() {
     for (source, passes) in [("fd00::5", true), (own, true), ("::", true), ("fd00::6", false), ("fe80::1", false)] {
         assert_eq!(judge.passes(MAC, &v6(source, echo, b"")), passes, "{source}");
     }
+    let mut datagram = v6("::", echo, b"");
+    datagram[14 + 6] = UDP;
+    assert!(!judge.passes(MAC, &datagram), "no question");
     assert!(judge.passes(MAC, &advertisement(own, "fd00::5")));
     assert!(judge.passes(MAC, &advertisement("fd00::5", own)));
     assert!(!judge.passes(MAC, &advertisement(own, "fd00::1")), "another's address");
