@@ -206,14 +206,18 @@ fn vlans_are_apart_and_tags_are_for_trunks() {
     assert_eq!(send_with(ten.as_mut(), NetHeader::DONE, &with(20)), Sent { taken: 1, lost: 1 });
     assert_eq!((come(twenty.as_mut()), wire.sent()), (vec![], vec![]));
     // Nor does a tag get by behind another, or as a provider's: no access port is brought one.
-    let second = |tag: u16| [&with(tag)[..16], &[0x81, 0, 0, 20], &with(tag)[16..]].concat();
+    let second = |from: Octets, tag: u16| {
+        let first = frame(ALL, from, Some(tag), 1);
+        [&first[..16], &[0x81, 0, 0, 20], &first[16..]].concat()
+    };
     let providers = [&plain[..12], &[0x88, 0xa8, 0, 20], &plain[12..]].concat();
-    for hidden in [second(10), second(0), providers] {
+    for hidden in [second(station(1), 10), second(station(1), 0), providers] {
         assert_eq!(send_with(ten.as_mut(), NetHeader::DONE, &hidden), Sent { taken: 1, lost: 1 });
         assert_eq!((come(ten_too.as_mut()), come(trunk.as_mut()), wire.sent()), (vec![], vec![], vec![]));
     }
-    send(trunk.as_mut(), &second(10));
-    assert_eq!((come(ten.as_mut()), wire.sent()), (vec![], vec![second(10)]));
+    let two = second(station(9), 10);
+    send(trunk.as_mut(), &two);
+    assert_eq!((come(ten.as_mut()), wire.sent()), (vec![], vec![two]));
     // From a trunk, by its tag; without one it is for trunks alone.
     send(trunk.as_mut(), &with(20));
     assert_eq!((come(ten.as_mut()), come(twenty.as_mut())), (vec![], vec![plain.clone()]));
