@@ -31,7 +31,7 @@ use super::{
     VLAN_TAG_BYTES,
 };
 use crate::backend::BackendError;
-use crate::backend::ring::Ring;
+use crate::backend::ring::{Ring, Users};
 
 mod place;
 
@@ -114,6 +114,8 @@ pub(super) struct KernelQueue {
     readable: bool,
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
+    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
+    room_came: bool,
     slab: Slab,
     /// Reads of a burst of a socket; a tap has none.
     messages: Box<[Message]>,
@@ -136,9 +138,9 @@ unsafe impl Send for KernelQueue {}
 
 impl KernelQueue {
     /// A queue of `port` on a descriptor that does not block and is not attached.
-    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind) -> Result<Self, BackendError> {
+    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind, users: Users) -> Result<Self, BackendError> {
         let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
-        let ring = Ring::new(file.as_fd(), ENTRIES, user)?;
+        let ring = Ring::new(file.as_fd(), ENTRIES, user, users)?;
         let slab = Slab::new();
         let (messages, sends) = match kind {
             Kind::Tap => Default::default(),
@@ -159,6 +161,7 @@ impl KernelQueue {
             polled: false,
             readable: false,
             waits_for_room: false,
+            room_came: false,
             slab,
             messages,
             sends,
@@ -209,7 +212,7 @@ impl KernelQueue {
         self.file = Arc::new(fresh);
         self.polled = false;
         self.readable = false;
-        self.waits_for_room = false;
+        self.room_came |= std::mem::take(&mut self.waits_for_room);
         self.attached = false;
         if self.enabled {
             self.attach();
@@ -248,7 +251,7 @@ impl KernelQueue {
     /// Takes what has ended.
     #[inline]
     fn take(&mut self) {
-        let Self { ring, results, under_way, polled, readable, waits_for_room, epoch, .. } = self;
+        let Self { ring, results, under_way, polled, readable, waits_for_room, room_came, epoch, .. } = self;
         for entry in ring.ended() {
             let tag = entry.user_data();
             let current = tag >> EPOCH_SHIFT == u64::from(*epoch);
@@ -263,7 +266,7 @@ impl KernelQueue {
                     *readable = true;
                     *polled = cqueue::more(entry.flags());
                 }
-                POLL_OUT if current => *waits_for_room = false,
+                POLL_OUT if current => (*waits_for_room, *room_came) = (false, true),
                 _ => {}
             }
         }
@@ -559,7 +562,7 @@ impl NetChannel for KernelQueue {
         if !self.attached {
             return true;
         }
-        if self.readable || self.ring.has_work() {
+        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
             return false;
         }
         if !self.ring.armed() {
@@ -568,6 +571,6 @@ impl NetChannel for KernelQueue {
             }
             self.take();
         }
-        !self.readable && self.polled && self.ring.armed()
+        !self.readable && !self.room_came && self.polled && self.ring.armed()
     }
 }

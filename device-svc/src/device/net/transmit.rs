@@ -20,7 +20,8 @@ use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
 use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{
-    BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, VLAN_TAG_BYTES,
+    BURST, Checksum, ETHERNET_BYTES, FRAME_BYTES_MAX, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader,
+    VLAN_TAG_BYTES,
 };
 use crate::clock::Moment;
 use crate::device::limit::Way;
@@ -331,16 +332,21 @@ impl<E: DmaEngine> TransmitLane<E> {
         if bytes < ETHERNET_BYTES {
             return Err(DropReason::BadHeader);
         }
+        let mut judged = 0;
         if let Some(rules) = &self.shared.settings.anti_spoofing {
             let start = self.place(number).add(self.header_bytes);
             let first = self.queue.mirror.engine_ref().card().get::<[u8; JUDGED_BYTES]>(start);
-            if !rules.passes(self.shared.mac(), &first[..JUDGED_BYTES.min(bytes as usize)]) {
-                return Err(DropReason::Spoofed);
-            }
+            let first = &first[..JUDGED_BYTES.min(bytes as usize)];
+            judged = rules.judge(self.shared.mac(), first).ok_or(DropReason::Spoofed)?;
         }
         // A header that is shorter has its last field left out, and that one means nothing here.
         let raw = self.queue.mirror.engine_ref().card().get::<RawNetHeader>(self.place(number));
         let header = NetHeader::parse(&raw, bytes, self.allowed).map_err(|_| DropReason::BadHeader)?;
+        if let Checksum::Needed { start, offset } = header.checksum
+            && usize::from(start) + usize::from(offset) < judged
+        {
+            return Err(DropReason::Spoofed);
+        }
         let most = if header.segmentation.is_some() { FRAME_BYTES_MAX } else { whole_bytes_max };
         if bytes > most { Err(DropReason::TooLong) } else { Ok((header, bytes)) }
     }

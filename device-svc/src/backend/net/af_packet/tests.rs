@@ -385,6 +385,26 @@ fn frames_that_find_no_room_are_given_again() {
     assert_eq!(seen, (0..total).collect::<Vec<_>>());
 }
 
+/// That there is room again may be noted while frames are looked for: then whoever was refused has a turn before the reactor sleeps.
+#[test]
+fn room_that_comes_meanwhile_is_not_missed() {
+    let Some(bed) = Bed::new() else { return };
+    let (uplink, _packets) = bed.packet();
+    if !bed.tc("qdisc add dev wire0 root tbf rate 100mbit burst 20kb limit 64mb") {
+        eprintln!("skipped: no tc with tbf here");
+        return;
+    }
+    let mut channel = uplink.open_channel().unwrap();
+    channel.enable(true);
+    let sleeper = Sleeper::new(&*channel);
+    let refused = (0..1000).any(|_| transmit(&mut *channel, &plain(0..BURST, 1000)).taken < BURST);
+    assert!(refused, "there was always room");
+    assert!(sleeper.is_woken(30_000), "nobody told of room");
+    assert!(channel.receive(BURST).is_empty());
+    assert!(!channel.arm(), "the refused has not been given again");
+    until(|| channel.arm());
+}
+
 #[test]
 fn what_cannot_be_used_is_refused_with_the_next_step() {
     let Some(bed) = Bed::new() else { return };

@@ -38,6 +38,11 @@ fn a_checksum_must_lie_in_the_frame() {
     assert_eq!(NetHeader::parse(&raw(34, 16), 51, Offloads::ALL), Err(BadHeader::ChecksumOutside));
     assert_eq!(NetHeader::parse(&raw(u16::MAX, u16::MAX), 65553, Offloads::ALL), Err(BadHeader::ChecksumOutside));
     assert_eq!(NetHeader::parse(&raw(34, 16), 52, Offloads::NONE), Err(BadHeader::NotNegotiated));
+    // Over the headers of Ethernet and IP nothing is written.
+    for (start, offset) in [(33, 17), (14, 16), (12, 2), (0, 6)] {
+        let refused = NetHeader::parse(&raw(start, offset), 60, Offloads::ALL);
+        assert_eq!(refused, Err(BadHeader::ChecksumOutside), "{start}, {offset}");
+    }
 }
 
 #[test]
