@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::address::Iova;
+use crate::backend::net::offload::SoftwareOffload;
 use crate::driver::Buffer;
 use crate::metrics::DropReason;
 
@@ -59,7 +60,8 @@ fn a_checksum_cannot_change_what_a_frame_was_judged_by() {
     let mut shape = Shape::new();
     let address = "fd00::5".parse::<std::net::Ipv6Addr>().unwrap();
     shape.settings.anti_spoofing = Some(AntiSpoofing { mac: true, vlans: None, addresses: Some(vec![address.into()]) });
-    let mut bed = Bed::new(&shape);
+    let network = SoftwareOffload::new(Arc::new(LoopbackBackend::new()));
+    let mut bed = Bed::over(&shape, &network);
     bed.receive.add_buffers(8, 1);
     let head = [&PEER[..], &MAC, &[0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, 6, 64]].concat();
     let frame = [&head[..], &address.octets(), &[0; 36]].concat();
