@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
+use ::tests::Namespace;
 use anyhow::{Result, ensure};
 use device_svc::driver::latency::Latencies;
 use nix::sys::socket::{
@@ -11,7 +12,6 @@ use nix::sys::socket::{
     sockopt,
 };
 use nix::sys::time::TimeVal;
-use tests::Namespace;
 
 /// Bytes of a request: the header, and as much as `ping` sends behind it.
 const REQUEST_BYTES: usize = 64;
