@@ -28,7 +28,7 @@ use zerocopy::IntoBytes;
 use super::slab::Slab;
 use super::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
-    VLAN_TAG_BYTES,
+    VLAN_TAG_BYTES, packet_socket,
 };
 use crate::backend::BackendError;
 use crate::backend::ring::{Ring, Users};
@@ -42,6 +42,8 @@ use place::{Beside, FRAME_AT, Message, READ_BYTES, messages, move_behind_tag, pu
 const ENTRIES: u32 = 128;
 /// From so many frames on a burst goes through the ring.
 const RING_FRAMES: usize = 4;
+/// Bursts of a backlog until a socket is asked in the middle of it.
+const FULL_BURSTS_MAX: u32 = 4096;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
 
@@ -126,6 +128,8 @@ pub(super) struct KernelQueue {
     released: usize,
     /// Frames that the next read asks for.
     burst: usize,
+    /// Bursts that a socket had in full since it was asked what it had no memory for: before such a backlog it had enough.
+    full_bursts: u32,
     headers: Box<[RawNetHeader; BURST]>,
     ranges: Vec<libc::iovec>,
     /// The kernel's answers to a burst, and how many are still to come.
@@ -168,6 +172,7 @@ impl KernelQueue {
             frames: Vec::with_capacity(BURST),
             released: 0,
             burst: 1,
+            full_bursts: 0,
             headers: Box::new([RawNetHeader::default(); BURST]),
             ranges: Vec::with_capacity(RANGES),
             results: [0; BURST],
@@ -347,6 +352,7 @@ impl KernelQueue {
         if come == count {
             self.readable = true;
             self.burst = (count * 2).min(BURST);
+            self.full_bursts += u32::from(count == BURST);
         } else {
             self.burst = (come + 1).min(BURST);
         }
@@ -548,6 +554,17 @@ impl NetChannel for KernelQueue {
     #[inline]
     fn release(&mut self, count: usize) {
         self.released = self.frames.len().min(self.released.saturating_add(count));
+    }
+
+    /// A backlog is asked about once when all of it has been read, or after so many bursts that never end.
+    #[inline]
+    fn missed(&mut self) -> u64 {
+        let ask = self.full_bursts > 0 && (!self.readable || self.full_bursts >= FULL_BURSTS_MAX);
+        if !ask || self.messages.is_empty() {
+            return 0;
+        }
+        self.full_bursts = 0;
+        packet_socket::missed(&self.file).unwrap_or(0)
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

@@ -406,6 +406,30 @@ fn room_that_comes_meanwhile_is_not_missed() {
 }
 
 #[test]
+fn what_the_kernel_has_no_memory_for_is_counted() {
+    let Some(bed) = Bed::new() else { return };
+    let (uplink, packets) = bed.packet();
+    let mut channel = uplink.open_channel().unwrap();
+    channel.enable(true);
+    assert_eq!(channel.missed(), 0);
+    let total = 20_000;
+    for number in 0..total {
+        give(&packets, &frame(number, 1500));
+    }
+    let (mut come, mut missed) = (Vec::new(), 0);
+    until(|| {
+        let frames = channel.receive(BURST);
+        come.extend(frames.iter().map(|frame| number(frame.bytes())));
+        let count = frames.len();
+        channel.release(count);
+        missed += channel.missed() as usize;
+        count == 0 && missed > 0
+    });
+    assert!(come.is_sorted() && come.len() > BURST && come.len() + missed <= total, "{} and {missed}", come.len());
+    assert_eq!(channel.missed(), 0);
+}
+
+#[test]
 fn what_cannot_be_used_is_refused_with_the_next_step() {
     let Some(bed) = Bed::new() else { return };
     let missing = bed.try_packet("eth9").unwrap_err();
