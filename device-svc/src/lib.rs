@@ -21,13 +21,13 @@ pub mod mirror;
 pub mod backend;
 pub mod link;
 pub mod pci;
+mod asleep;
 pub mod virtqueue;
 pub mod dma;
 pub mod config;
 pub mod metrics;
 pub mod address;
 pub mod clock;
-mod asleep;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;
