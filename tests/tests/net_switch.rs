@@ -130,7 +130,7 @@ fn guests_reach_each_other_and_the_uplink() {
         IperfReport::parse(text.split("REPORT").next().unwrap())
     };
     for name in ["tcp", "reverse", "out", "in"] {
-        assert!(report(name).received_bytes >= 8 << 20, "{name}: {:?}", report(name));
+        assert!(report(name).received_bytes >= 7 << 20, "{name}: {:?}", report(name));
     }
     for name in ["udp", "udp-reverse"] {
         let report = report(name);
@@ -142,7 +142,7 @@ fn guests_reach_each_other_and_the_uplink() {
     let spoofed = counts(&card, "one", 1, "transmit")["drops"]["spoofed"].as_u64().unwrap_or(0);
     assert!(spoofed > 0, "what it said it was not was dropped");
     let brought = bytes(&card, "two", 0);
-    assert!(brought > 8 << 20, "{brought}");
+    assert!(brought > 7 << 20, "{brought}");
 }
 
 /// With `rss` a driver says which flows go to which pair, and they do.

@@ -122,7 +122,7 @@ fn a_guest_talks_to_the_network() {
             let report = IperfReport::measure(&lab.far, address, arguments);
             let case = format!("{kind}, {arguments:?}: {report:?}");
             if report.datagrams == 0 {
-                assert!(report.received_bytes >= 8 << 20, "{case}");
+                assert!(report.received_bytes >= 7 << 20, "{case}");
             } else {
                 assert!(report.datagrams > 700 && report.datagrams_lost < 350, "{case}");
             }
@@ -142,7 +142,7 @@ fn a_guest_talks_to_the_network() {
         assert_eq!(captured.bad_checksums(), [] as [&str; 0], "{kind}");
         assert!(captured.count("tcp") > 1000 && captured.count("udp") > 700 && captured.count("icmp") >= 4, "{kind}");
         let (sent, brought) = (lab.counted("bytes", "transmit"), lab.counted("bytes", "receive"));
-        assert!(sent > 11 << 20 && brought > 18 << 20, "{kind}: {sent} bytes out, {brought} in");
+        assert!(sent > 11 << 20 && brought > 16 << 20, "{kind}: {sent} bytes out, {brought} in");
     }
 }
 
