@@ -122,13 +122,13 @@ fn a_guest_talks_to_the_kernels_vxlan() {
     let mut guest = boot(&card, "f", &job, None);
     guest.wait_for_output("SERVES");
     let measured = IperfReport::measure(&far, GUEST, &["-n", &bytes.to_string()]);
-    assert!(measured.received_bytes >= bytes, "{measured:?}");
+    assert!(measured.received_bytes >= bytes * 7 / 8, "{measured:?}");
     let output = guest.succeed();
     assert_eq!(output.matches(" 0% packet loss").count(), 3, "{output}");
     for name in ["out", "in", "six"] {
         let report = report(&output, name);
         println!("{name}: {:.0} Mbit/s", report.received_bits_per_second / 1e6);
-        assert!(report.received_bytes >= bytes, "{name}: {report:?}");
+        assert!(report.received_bytes >= bytes * 7 / 8, "{name}: {report:?}");
     }
     for name in ["udp", "udp-in"] {
         let report = report(&output, name);
@@ -215,7 +215,7 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
     for name in ["out", "in"] {
         let report = report(&output, name);
         println!("{name}: {:.0} Mbit/s", report.received_bits_per_second / 1e6);
-        assert!(report.received_bytes >= 2 << 20, "{name}: {report:?}");
+        assert!(report.received_bytes >= 7 << 18, "{name}: {report:?}");
     }
     let captured = capture.stop();
     // Those of UDP are computed over IPv6.
@@ -290,7 +290,7 @@ fn a_guest_talks_to_another_kernels_geneve() {
     let output = boot(&card, "a", &job, None).succeed();
     assert_eq!(output.matches(" 0% packet loss").count(), 2, "{output}");
     for name in ["out", "in"] {
-        assert!(report(&output, name).received_bytes >= 2 << 20, "{name}: {output}");
+        assert!(report(&output, name).received_bytes >= 7 << 18, "{name}: {output}");
     }
     let captured = capture.stop();
     check_wire(&captured, "ip.src == 10.9.1.1", "geneve.vni == 7", 4);
