@@ -1,11 +1,15 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking")]
 //! Linux guests under QEMU on the ports of a switch, and one whose driver says where flows go.
 
+use std::time::Duration;
+
 use tests::{Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process, network_rig};
 
 const OWN: &str = "192.0.2.1";
 const FIRST: &str = "192.0.2.2";
 const SECOND: &str = "192.0.2.3";
+/// Two guests that wait for each other.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// The arguments that plug in the function of that name.
 fn device(card: &Card, link: &str, name: &str, mac: &str, pairs: u16) -> Vec<String> {
@@ -37,7 +41,7 @@ fn boot(card: &Card, name: &str, address: &str, arguments: &[String], job: &str)
         {job}"
     );
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["-smp", "2"]).collect();
-    GuestSettings { name, ..GuestSettings::new(card.folder(), &job, &arguments) }.boot()
+    GuestSettings { name, limit: LIMIT, ..GuestSettings::new(card.folder(), &job, &arguments) }.boot()
 }
 
 /// What a queue of a function counted: `receive` or `transmit`.
