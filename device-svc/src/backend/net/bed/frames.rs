@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv, send};
 
@@ -143,8 +144,14 @@ impl Sleeper {
         Self(epoll)
     }
 
+    /// Work that a ring leaves to the thread that made it ends the thread's sleep with `EINTR`.
     pub(in crate::backend::net) fn is_woken(&self, wait_ms: u16) -> bool {
-        self.0.wait(&mut [EpollEvent::empty()], wait_ms).unwrap() == 1
+        loop {
+            match self.0.wait(&mut [EpollEvent::empty()], wait_ms) {
+                Err(Errno::EINTR) => {}
+                woken => return woken.unwrap() == 1,
+            }
+        }
     }
 }
 

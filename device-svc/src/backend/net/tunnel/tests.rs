@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 
 use etherparse::{NetHeaders, PacketHeaders, TransportHeader};
 
-use self::bed::{Bed, Sleeper, address, came, channel, frame, received, sent, station, take, transmit, until};
+use self::bed::{Bed, address, came, channel, frame, received, sent, station, take, transmit, until};
+use super::super::bed::Sleeper;
 use super::super::{BURST, NetBackend, NetChannel};
 use super::remotes::Learning;
 use super::wire::{TUNNEL_HEADER_BYTES, TunnelKind};

@@ -2,13 +2,12 @@
 #![expect(unsafe_code, reason = "lends frames to a channel, and binds packet sockets")]
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socket, sockopt};
 
 use super::super::super::namespace::Namespace;
@@ -225,21 +224,4 @@ pub(super) fn channel(tunnel: &TunnelBackend) -> Box<dyn NetChannel> {
 
 pub(super) const fn sent(taken: usize, lost: usize) -> Sent {
     Sent { taken, lost }
-}
-
-/// Who waits as a reactor does.
-pub(super) struct Sleeper(Epoll);
-
-impl Sleeper {
-    pub(super) fn new(channel: &dyn NetChannel) -> Self {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
-        // SAFETY: the channel outlives the sleeper.
-        let fd = unsafe { BorrowedFd::borrow_raw(channel.wake_fd().unwrap()) };
-        epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0)).unwrap();
-        Self(epoll)
-    }
-
-    pub(super) fn is_woken(&self, wait_ms: u16) -> bool {
-        self.0.wait(&mut [EpollEvent::empty()], wait_ms).unwrap() == 1
-    }
 }
