@@ -22,6 +22,7 @@ pub mod backend;
 pub mod link;
 pub mod pci;
 pub mod virtqueue;
+pub mod inflight;
 pub mod dma;
 pub mod config;
 pub mod metrics;
