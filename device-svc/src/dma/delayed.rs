@@ -60,7 +60,6 @@ impl DelayedEngine {
             failed: false,
         }
     }
-
 }
 
 impl DelayedEngine<false> {

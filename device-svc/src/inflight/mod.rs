@@ -200,11 +200,7 @@ impl RecordArea {
         let metadata = file.metadata()?;
         // The front end's `given` may be anything; what is mapped is what is used.
         let mapping = Arc::new(Mapping::new(file, offset, needed)?);
-        Ok(Self {
-            mapping,
-            shape,
-            identity: RecordIdentity { device: metadata.dev(), inode: metadata.ino(), offset },
-        })
+        Ok(Self { mapping, shape, identity: RecordIdentity { device: metadata.dev(), inode: metadata.ino(), offset } })
     }
 
     /// The region of queue `queue`.

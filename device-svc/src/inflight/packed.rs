@@ -60,8 +60,7 @@ impl PackedRecord {
         let entries = record.entries;
         let region: Region<PackedHeader, PackedEntry> = record.region(entries);
         let header = region.header();
-        let known =
-            check_header(header.version.get(), header.features.get(), header.desc_num.get(), entries, size)?;
+        let known = check_header(header.version.get(), header.features.get(), header.desc_num.get(), entries, size)?;
         let (heads, places) = if known {
             (FreeHeads::decode(header.free_heads.get()), UsedPlaces::decode(header.used_places.get()))
         } else {

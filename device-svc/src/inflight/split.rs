@@ -43,8 +43,7 @@ impl SplitRecord {
     pub fn attach(&mut self, ring_used: u16, size: u16) -> Result<Option<Vec<u16>>, RecordFault> {
         let header = self.region.header();
         let entries = self.region.count();
-        let known =
-            check_header(header.version.get(), header.features.get(), header.desc_num.get(), entries, size)?;
+        let known = check_header(header.version.get(), header.features.get(), header.desc_num.get(), entries, size)?;
         if !known {
             for number in 0..entries {
                 self.region.entry(number).inflight.set(0);

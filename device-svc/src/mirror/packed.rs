@@ -97,11 +97,7 @@ struct Recorded {
 }
 
 impl PackedMirror {
-    pub(super) fn new(
-        start: &QueueStart,
-        at: QueueAddresses,
-        layout: &mut CardLayout,
-    ) -> Result<Self, RecordFault> {
+    pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Result<Self, RecordFault> {
         let recorded = start.inflight.as_ref().map(|record| -> Result<_, RecordFault> {
             let record = PackedRecord::new(record, start.size)?;
             Ok(Box::new(Recorded { record, attaching: Some(None), again: VecDeque::new(), is_again: false }))

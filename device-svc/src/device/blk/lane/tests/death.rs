@@ -289,7 +289,12 @@ impl World {
                 }
                 self.turn(&mut lane);
             }
-            panic!("{} of {} requests ended; faults {:?}", self.ended, self.mode.requests, self.faults.0.lock().unwrap());
+            panic!(
+                "{} of {} requests ended; faults {:?}",
+                self.ended,
+                self.mode.requests,
+                self.faults.0.lock().unwrap()
+            );
         });
         if lived.is_err() {
             // What was under way may still land, up to any point, before the engine is reset.
