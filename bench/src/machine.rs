@@ -25,14 +25,23 @@ impl Cpus {
 
     /// Runs `work` on a thread pinned to the server's CPU; processes that it starts inherit the place.
     pub(crate) fn on_server<T: Send>(self, work: impl FnOnce() -> T + Send) -> T {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                pin(self.server);
-                work()
-            });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        on_cpu(self.server, work)
     }
+
+    /// The same on the load's CPU.
+    pub(crate) fn on_load<T: Send>(self, work: impl FnOnce() -> T + Send) -> T {
+        on_cpu(self.load, work)
+    }
+}
+
+fn on_cpu<T: Send>(cpu: usize, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            pin(cpu);
+            work()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Pins this thread.

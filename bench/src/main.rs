@@ -4,7 +4,7 @@
 //!   main     what is asked for
 //!   blk      a subject: which points, which goals
 //!   dma_map  another: what a table of very many ranges costs
-//!   net      another: packets per second
+//!   net      another: network functions
 //!   points   alternation, repeats, medians and spread
 //!   peers    the servers, each on a CPU of its own and stopped while another is measured
 //!   load     the load on the other CPU
@@ -48,9 +48,11 @@ enum Subject {
     /// How long a page takes to be found among 50,000 beside among 10, and to be mapped as the 50,000th beside as one of the
     /// first 1,000: in the table itself, and over a socket with everything that belongs to it.
     DmaMap(DmaMapArguments),
-    /// Network functions, beside DPDK's vhost-user back end
+    /// Network functions, beside DPDK's vhost-user back end, QEMU's tap, passt and plain virtual Ethernet
     ///
-    /// The load is DPDK's virtio-user driver on the second CPU, the back end has the first. The rig has both (tests/rig/make).
+    /// The load is DPDK's virtio-user driver on the second CPU, the back end has the first; or iperf3 and echo requests, of a Linux
+    /// guest and between two network namespaces that are made for it, as root. The rig has all of it (tests/rig/make); instructions
+    /// are counted by valgrind.
     Net(NetArguments),
 }
 
@@ -78,11 +80,14 @@ pub(crate) struct DmaMapArguments {
 /// How `bench net` runs.
 #[derive(Args)]
 pub(crate) struct NetArguments {
-    /// Fewer and shorter points, with more spread
+    /// Fewer and shorter points: a few minutes, with more spread
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
     output: Output,
+    /// Measure only these parts
+    #[arg(long, value_name = "PART", value_delimiter = ',')]
+    only: Vec<net::Part>,
 }
 
 /// How `bench blk` runs.

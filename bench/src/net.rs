@@ -1,139 +1,106 @@
-//! `bench net`: packets per second through a network function, beside DPDK's own vhost-user back end.
+//! `bench net`: network functions, beside DPDK's vhost-user back end, QEMU's own tap, passt, and plain virtual Ethernet.
 //!
-//! The load is DPDK's virtio-user driver, the same for both: frames go round between it and a back end that swaps their addresses, or
-//! only to it. Driver and back end have a CPU each, and those of the other side are stopped meanwhile.
+//! ```text
+//!   rates         packets per second of a driver without a VM
+//!   instructions  what each of those packets costs, counted by callgrind
+//!   guests        iperf3 and round trips of a Linux guest
+//!   wire          the same between two namespaces, through the driver without a VM
+//!   ping          round trips of echo requests
+//! ```
+
+mod guests;
+mod instructions;
+mod ping;
+mod rates;
+mod wire;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::sys::signal::Signal;
-use tests::{Driver, Port, Testpmd, TestpmdSettings};
 
 use crate::NetArguments;
-use crate::machine::{Cpus, load_average, pin, processor};
-use crate::peers::{self, Server, rig};
-use crate::points::alternate;
+use crate::machine::{Cpus, load_average, processor};
+use crate::peers::rig;
+use crate::points::{Pairs, Values};
 use crate::report::{Beside, Goal, Report, Row, Unit};
 
-/// Goal: what the medians at 64 bytes are held against.
-const PACKET_RATIO: f64 = 0.8;
-/// Frames of 32 that go round: half a queue.
-const BURSTS: u32 = 4;
-
-/// One way in which frames go.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// From the driver and back.
-    Round,
-    /// From the driver only.
-    Out,
+/// What can be measured by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// Packets per second beside DPDK's back end
+    Rates,
+    /// Instructions of each of those packets; wants valgrind
+    Instructions,
+    /// A Linux guest beside QEMU's own tap and passt; wants root
+    Guests,
+    /// Two namespaces beside plain virtual Ethernet; wants root
+    Wire,
 }
 
-impl Way {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Round => "bounced",
-            Self::Out => "from the VM",
-        }
-    }
-
-    /// What the driver does, and what a peer does.
-    const fn forward(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Round => ("io", "macswap"),
-            Self::Out => ("txonly", "rxonly"),
-        }
-    }
-
-    /// The uplink of Dray's function.
-    const fn uplink(self) -> &'static str {
-        match self {
-            Self::Round => "{ type = \"loopback\" }",
-            Self::Out => "{ type = \"null\" }",
-        }
-    }
+/// How long and how often.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    alternations: usize,
+    /// Of a point of packets per second.
+    duration: Duration,
+    /// Of a window in which instructions are counted.
+    window: Duration,
+    /// Of each run of iperf3, seconds.
+    iperf_seconds: u32,
+    /// Echo requests in a row.
+    echoes: usize,
 }
 
-/// A driver with its back end, stopped but while it is measured.
-struct Side {
-    driver: Testpmd,
-    back_end: BackEnd,
-    way: Way,
+/// All that the parts need.
+struct Run {
+    cpus: Cpus,
+    quick: bool,
+    pace: Pace,
+    rig: PathBuf,
+    rows: Vec<Row>,
+    start: Instant,
 }
 
-enum BackEnd {
-    Dray(Server),
-    Peer(Box<Testpmd>),
-}
+/// How a part is measured.
+type Measure = fn(&mut Run) -> Result<()>;
 
-impl Side {
-    fn ours(cpus: Cpus, folder: &Path, way: Way, driver: Driver, frame_bytes: u16) -> Result<Self> {
-        let server = peers::dray_net(cpus, folder, way.uplink())?;
-        server.wake();
-        let socket = server.socket(0);
-        Self::start(cpus, socket, way, driver, frame_bytes, BackEnd::Dray(server))
+impl Run {
+    fn say(&self, what: &str) {
+        eprintln!("bench: {:4.0} s  {what}", self.start.elapsed().as_secs_f64());
     }
 
-    fn theirs(cpus: Cpus, folder: &Path, way: Way, driver: Driver, frame_bytes: u16) -> Result<Self> {
-        let socket = folder.join("peer.sock");
-        let forward = way.forward().1;
-        let settings = TestpmdSettings { cpu: cpus.server, forward, frame_bytes, ..TestpmdSettings::default() };
-        let mut peer = Testpmd::start(&rig_folder()?, &[Port::Vhost(socket.clone(), 1)], &settings);
-        peer.go(0);
-        Self::start(cpus, socket, way, driver, frame_bytes, BackEnd::Peer(Box::new(peer)))
-    }
-
-    fn start(
-        cpus: Cpus,
-        socket: PathBuf,
-        way: Way,
-        driver: Driver,
-        frame_bytes: u16,
-        back_end: BackEnd,
-    ) -> Result<Self> {
-        let forward = way.forward().0;
-        let settings = TestpmdSettings { cpu: cpus.load, forward, frame_bytes, ..TestpmdSettings::default() };
-        let mut testpmd = Testpmd::start(&rig_folder()?, &[Port::VirtioUser(socket, driver)], &settings);
-        testpmd.go(if way == Way::Round { BURSTS } else { 0 });
-        let mut side = Self { driver: testpmd, back_end, way };
-        side.signal(Signal::SIGSTOP);
-        Ok(side)
-    }
-
-    fn signal(&mut self, signal: Signal) {
-        self.driver.process().signal(signal);
-        match &mut self.back_end {
-            BackEnd::Dray(server) => server.signal(signal),
-            BackEnd::Peer(peer) => peer.process().signal(signal),
-        }
-    }
-
-    /// Frames per second that went all the way.
-    fn packets_per_second(&mut self, duration: Duration) -> Result<f64> {
-        self.signal(Signal::SIGCONT);
-        let way = self.way;
-        // What is counted is what has arrived: at the driver, or at the back end.
-        let mut count = || -> Result<(f64, Instant)> {
-            let frames = match (way, &mut self.back_end) {
-                (Way::Round, _) => self.driver.counts(0).received as f64,
-                (Way::Out, BackEnd::Peer(peer)) => peer.counts(0).received as f64,
-                (Way::Out, BackEnd::Dray(server)) => server.figure(&["transmit", "packets"])?,
-            };
-            Ok((frames, Instant::now()))
+    /// A row of two sides that were measured in turn.
+    fn add(&mut self, name: String, pairs: &Pairs<f64>, peer: &'static str, unit: Unit, goal: Option<Goal>) {
+        let beside = Beside {
+            name: peer,
+            values: pairs.theirs(|value| *value),
+            ratios: pairs.ratios(|value| *value),
+            round_trips: pairs.round_trips(),
+            spoiled: pairs.spoiled,
         };
-        let before = count()?;
-        std::thread::sleep(duration);
-        let after = count()?;
-        self.signal(Signal::SIGSTOP);
-        Ok((after.0 - before.0) / (after.1 - before.1).as_secs_f64())
+        let values = pairs.ours(|value| *value);
+        self.rows.push(Row { name, values, unit, beside: Some(beside), goal });
     }
-}
 
-impl Drop for Side {
-    fn drop(&mut self) {
-        // What is stopped cannot end.
-        self.signal(Signal::SIGCONT);
+    /// A row of two sides that were measured in turn on more than two CPUs' worth of threads: how far two CPUs stand apart says
+    /// nothing there.
+    fn add_turns(&mut self, name: String, ours: &[f64], peer: &'static str, theirs: &[f64], unit: Unit) {
+        let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
+        let beside = Beside {
+            name: peer,
+            values: Values(theirs.to_vec()),
+            ratios: Values(ratios),
+            round_trips: Values(Vec::new()),
+            spoiled: 0,
+        };
+        self.rows.push(Row { name, values: Values(ours.to_vec()), unit, beside: Some(beside), goal: None });
+    }
+
+    /// A row of how much one side has more than the other.
+    fn add_difference(&mut self, name: String, ours: &[f64], theirs: &[f64], unit: Unit) {
+        let values = Values(ours.iter().zip(theirs).map(|(ours, theirs)| ours - theirs).collect());
+        self.rows.push(Row { name, values, unit, beside: None, goal: None });
     }
 }
 
@@ -143,52 +110,50 @@ fn rig_folder() -> Result<PathBuf> {
     Ok(program.parent().and_then(Path::parent).context("the rig's programs are in its folder `bin`")?.to_owned())
 }
 
-/// Measures all points.
+/// Measures the parts asked for.
 pub(crate) fn measure(arguments: &NetArguments) -> Result<Report> {
     let cpus = Cpus::find()?;
-    pin(cpus.load);
-    let (alternations, duration) =
-        if arguments.quick { (3, Duration::from_millis(300)) } else { (7, Duration::from_millis(1000)) };
-    let (start, load_before) = (Instant::now(), load_average());
-    let mut rows = Vec::new();
-    for way in [Way::Round, Way::Out] {
-        for frame_bytes in [64, 1500] {
-            for packed in [false, true] {
-                let ring = if packed { "packed" } else { "split" };
-                let name = format!("{frame_bytes} bytes {}, {ring}", way.name());
-                eprintln!("bench: {:4.0} s  {name}", start.elapsed().as_secs_f64());
-                let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
-                let driver = Driver { packed, ..Driver::default() };
-                let mut ours = Side::ours(cpus, folder.path(), way, driver, frame_bytes)?;
-                let mut theirs = Side::theirs(cpus, folder.path(), way, driver, frame_bytes)?;
-                let pairs = alternate(
-                    cpus,
-                    alternations,
-                    || ours.packets_per_second(duration),
-                    || theirs.packets_per_second(duration),
-                )?;
-                let beside = Beside {
-                    name: "net_vhost",
-                    values: pairs.theirs(|rate| *rate),
-                    ratios: pairs.ratios(|rate| *rate),
-                    round_trips: pairs.round_trips(),
-                    spoiled: pairs.spoiled,
-                };
-                let goal = (frame_bytes == 64 && way == Way::Round).then_some(Goal::AtLeast(PACKET_RATIO));
-                let values = pairs.ours(|rate| *rate);
-                rows.push(Row { name, values, unit: Unit::PerSecond, beside: Some(beside), goal });
-            }
+    let milliseconds = Duration::from_millis;
+    let (quick, rig) = (arguments.quick, rig_folder()?);
+    let pace = if quick {
+        Pace { alternations: 3, duration: milliseconds(300), window: milliseconds(700), iperf_seconds: 1, echoes: 500 }
+    } else {
+        Pace {
+            alternations: 7,
+            duration: milliseconds(1000),
+            window: milliseconds(2000),
+            iperf_seconds: 3,
+            echoes: 3000,
         }
+    };
+    let mut run = Run { cpus, quick, pace, rig, rows: Vec::new(), start: Instant::now() };
+    let parts: [(Part, Measure); 4] = [
+        (Part::Rates, rates::measure),
+        (Part::Instructions, instructions::measure),
+        (Part::Guests, guests::measure),
+        (Part::Wire, wire::measure),
+    ];
+    let before = load_average();
+    for (part, measure) in parts {
+        if !arguments.only.is_empty() && !arguments.only.contains(&part) {
+            continue;
+        }
+        // Kernel and guests run where there is room; only a driver and its back end have a CPU each.
+        let done = match part {
+            Part::Rates | Part::Instructions => cpus.on_load(|| measure(&mut run)),
+            Part::Guests | Part::Wire => measure(&mut run),
+        };
+        done.with_context(|| format!("{part:?}"))?;
     }
     let about = format!(
-        "{}, CPU {} serves, CPU {} loads; {alternations} alternations of {} ms; {:.0} s; load average {load_before} before, \
-         {} after",
+        "{}, CPU {} serves, CPU {} loads; {} alternations of {} ms; {:.0} s; load average {before} before, {} after",
         processor(),
         cpus.server,
         cpus.load,
-        duration.as_millis(),
-        start.elapsed().as_secs_f64(),
+        pace.alternations,
+        pace.duration.as_millis(),
+        run.start.elapsed().as_secs_f64(),
         load_average()
     );
-    Ok(Report { about, rows })
+    Ok(Report { about, rows: run.rows })
 }

@@ -137,28 +137,50 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
             options.payload
         ));
     }
-    serve(cpus, folder, &text)
+    serve(cpus, folder, &text, &[])
 }
 
-/// Starts Dray's service with one network function on this uplink, in a folder of its own below `parent`; it always polls.
-pub(crate) fn dray_net(cpus: Cpus, parent: &Path, uplink: &str) -> Result<Server> {
+/// What Dray is started with for a network function.
+pub(crate) struct NetOptions<'a> {
+    /// How the function is reached.
+    pub(crate) link: Link,
+    /// `reactors.poll`.
+    pub(crate) poll: &'a str,
+    /// The uplink, as the configuration writes it.
+    pub(crate) uplink: &'a str,
+    /// A program that runs the service, with its arguments.
+    pub(crate) under: &'a [&'a str],
+}
+
+/// Starts Dray's service with one network function, in a folder of its own below `parent`.
+pub(crate) fn dray_net(cpus: Cpus, parent: &Path, options: &NetOptions<'_>) -> Result<Server> {
     let folder = parent.join("dray");
     std::fs::create_dir(&folder)?;
     let text = format!(
-        "[reactors]\ncount = 1\npoll = \"always\"\n[control]\nlisten = \"unix:{}\"\n[[uplink]]\nname = \"u\"\n\
-         backend = {uplink}\n[[function]]\nname = \"f0\"\ntype = \"net\"\nuplink = \"u\"\n\
-         link = {{ type = \"vhost-user\", socket = \"{}\" }}\n",
+        "[reactors]\ncount = 1\npoll = \"{}\"\n[control]\nlisten = \"unix:{}\"\n[[uplink]]\nname = \"u\"\n\
+         backend = {}\n[[function]]\nname = \"f0\"\ntype = \"net\"\nuplink = \"u\"\nlink = {{ {}, socket = \"{}\" }}\n",
+        options.poll,
         folder.join("card.sock").display(),
+        options.uplink,
+        options.link.keys(options.poll),
         folder.join("f0.sock").display()
     );
-    serve(cpus, folder, &text)
+    serve(cpus, folder, &text, options.under)
 }
 
-/// Starts Dray's service on a configuration; it is stopped when it serves.
-fn serve(cpus: Cpus, folder: PathBuf, text: &str) -> Result<Server> {
+/// Starts Dray's service on a configuration, under another program if one is named; it is stopped when it serves.
+fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Server> {
     let configuration = folder.join("card.toml");
     std::fs::write(&configuration, text)?;
-    let mut command = Command::new(device_svc()?);
+    let service = device_svc()?;
+    let mut command = match under {
+        [] => Command::new(service),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(service);
+            command
+        }
+    };
     command.arg("serve").arg("--config").arg(configuration).env("RUST_LOG", "error").stdout(Stdio::piped());
     let mut child = cpus.on_server(|| command.spawn()).context("start device-svc")?;
     let output = child.stdout.take().context("its output is piped")?;

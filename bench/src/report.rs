@@ -13,6 +13,12 @@ pub(crate) enum Unit {
     PerSecond,
     /// Nanoseconds.
     Nanoseconds,
+    /// Microseconds.
+    Microseconds,
+    /// Bits per second, shown in millions.
+    BitsPerSecond,
+    /// Processor instructions of one packet.
+    PerPacket,
     /// Bytes, shown in MiB.
     Bytes,
     /// A share of one core, 0 to 1.
@@ -28,6 +34,9 @@ impl Unit {
         match self {
             Self::PerSecond => format!("{:.0} k/s", value / 1e3),
             Self::Nanoseconds => format!("{value:.0} ns"),
+            Self::Microseconds => format!("{value:.1} us"),
+            Self::BitsPerSecond => format!("{:.0} Mbit/s", value / 1e6),
+            Self::PerPacket => format!("{value:.0}"),
             Self::Bytes => format!("{:.2} MiB", value / f64::from(1 << 20)),
             Self::Core => format!("{:.2} %", value * 100.0),
             Self::PerRead => format!("{value:.2}"),
@@ -39,6 +48,9 @@ impl Unit {
         match self {
             Self::PerSecond => "per-second",
             Self::Nanoseconds => "ns",
+            Self::Microseconds => "us",
+            Self::BitsPerSecond => "bits-per-second",
+            Self::PerPacket => "instructions-per-packet",
             Self::Bytes => "bytes",
             Self::Core => "core",
             Self::PerRead => "per-read",

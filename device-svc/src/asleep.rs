@@ -61,9 +61,12 @@ impl<F: Flag> Asleep<F> {
         false
     }
 
-    /// The reactor is awake again.
+    /// The reactor is awake again. Nobody else says so, and a look costs those who put nothing.
+    #[inline]
     pub(crate) fn awake(&self) {
-        self.0.set(false);
+        if self.0.get() {
+            self.0.set(false);
+        }
     }
 
     /// Somebody has put something where the reactor looks. Returns whether its bell must be rung; two posters may both ring

@@ -21,6 +21,7 @@ pub mod mirror;
 pub mod backend;
 pub mod link;
 pub mod pci;
+mod asleep;
 pub mod virtqueue;
 pub mod inflight;
 pub mod dma;
@@ -28,7 +29,6 @@ pub mod config;
 pub mod metrics;
 pub mod address;
 pub mod clock;
-mod asleep;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;

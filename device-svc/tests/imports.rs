@@ -21,7 +21,7 @@ fn order() -> Vec<String> {
     let text = fs::read_to_string(source().join("lib.rs")).unwrap();
     let modules: Vec<String> = text
         .lines()
-        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
+        .filter_map(|line| line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ")?.strip_suffix(';'))
         .map(str::to_owned)
         .filter(|name| name != DRIVER)
         .collect();

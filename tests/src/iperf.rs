@@ -31,7 +31,8 @@ impl IperfServer {
 pub struct IperfReport {
     /// Bytes of payload that were sent.
     pub sent_bytes: u64,
-    /// Bytes of payload that arrived.
+    /// Bytes of payload that arrived. Whoever receives stops counting when told that all has been sent, which on a busy machine may
+    /// overtake the last of them.
     pub received_bytes: u64,
     /// Bits of payload that arrived in a second.
     pub received_bits_per_second: f64,

@@ -93,13 +93,15 @@ pub struct TestpmdSettings<'a> {
     pub frame_bytes: u16,
     /// The namespace that it runs in, if not the machine's own.
     pub namespace: Option<&'a Namespace>,
+    /// A program that runs testpmd, with its arguments: one that counts, or traces.
+    pub under: &'a [&'a str],
     /// Further arguments of testpmd itself, such as `--txonly-multi-flow`.
     pub arguments: &'a [&'a str],
 }
 
 impl Default for TestpmdSettings<'_> {
     fn default() -> Self {
-        Self { cpu: 0, forward: "io", frame_bytes: 64, namespace: None, arguments: &[] }
+        Self { cpu: 0, forward: "io", frame_bytes: 64, namespace: None, under: &[], arguments: &[] }
     }
 }
 
@@ -135,9 +137,14 @@ impl Testpmd {
     #[must_use]
     pub fn start(rig: &Path, ports: &[Port], settings: &TestpmdSettings<'_>) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let mut command = settings
-            .namespace
-            .map_or_else(|| Command::new(rig.join("bin/testpmd")), |namespace| namespace.command("testpmd"));
+        let testpmd = rig.join("bin/testpmd");
+        let mut words = settings.under.iter().map(std::ffi::OsStr::new).chain([testpmd.as_os_str()]);
+        let first = words.next().unwrap_or_default();
+        let mut command = match settings.namespace {
+            None => Command::new(first),
+            Some(namespace) => namespace.command(first.to_str().expect("the rig's path is text")),
+        };
+        command.args(words);
         let cpu = settings.cpu;
         // One thread takes commands and sleeps, the other polls; both on the one CPU.
         command.arg("--lcores").arg(format!("0@{cpu},1@{cpu}"));

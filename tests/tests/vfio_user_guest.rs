@@ -3,7 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -258,6 +258,61 @@ fn a_reset_in_the_middle_of_io_leaves_a_clean_function() {
         assert!(!card.output().contains("refused"), "{}", card.output());
         assert_eq!(card.stats()["functions"][0]["errors"], 0, "{}", card.stats());
     }
+}
+
+/// An archive that brings a second kernel into the guest, and what it starts with: the same, with the same job.
+fn second_kernel(folder: &Path, rig: &Path, job: &str) -> PathBuf {
+    let script = "set -e
+        mkdir -p tree/kexec start
+        cp \"$RIG/guest/vmlinuz\" tree/kexec/vmlinuz
+        mv second.sh start/job.sh
+        (cd start && echo job.sh | cpio -o -H newc --quiet) >start.cpio
+        cat \"$RIG/guest/initramfs.cpio\" start.cpio >tree/kexec/initramfs
+        (cd tree && find . | cpio -o -H newc --quiet) >second.cpio
+        truncate -s %512 second.cpio";
+    std::fs::write(folder.join("second.sh"), job).unwrap();
+    let status = Command::new("sh").args(["-c", script]).current_dir(folder).env("RIG", rig).status().unwrap();
+    assert!(status.success(), "the second kernel's archive: {status}");
+    folder.join("second.cpio")
+}
+
+/// A kernel starts another in its place while I/O is under way: nobody resets the function but the second kernel's driver.
+#[test]
+fn another_kernel_takes_over_in_the_middle_of_io() {
+    let Some(rig) = rig() else { return };
+    let job = "set -e
+        if grep -q second-kernel /proc/cmdline; then
+            mount -t ext4 /dev/vda /mnt
+            md5sum -c /mnt/sum
+            umount /mnt
+            e2fsck -f -n /dev/vda
+            echo SECOND
+            exit
+        fi
+        mkfs.ext4 -qF /dev/vda
+        mount -t ext4 /dev/vda /mnt
+        dd if=/dev/urandom of=/mnt/a bs=1M count=4 2>/dev/null
+        md5sum /mnt/a >/mnt/sum
+        sync
+        kexec --load /kexec/vmlinuz --initrd=/kexec/initramfs \
+            --append='console=ttyS0 quiet panic=-1 no_timer_check second-kernel'
+        fio --name=busy --filename=/mnt/busy --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite --bs=4k \
+            --size=4M --io_size=64G --norandommap >/dev/null &
+        until [ $(awk '{ print $5 }' /sys/block/vda/stat) -gt 1000 ]; do sleep 0.1; done
+        echo BUSY
+        kexec --exec";
+    let card = card("");
+    let archive = second_kernel(card.folder(), &rig, job);
+    let device = device(&card, "");
+    let arguments = ["-device", &device];
+    let settings = GuestSettings { memory_mib: 1024, ..GuestSettings::new(card.folder(), job, &arguments) };
+    let mut guest = GuestSettings { archive: Some(&archive), limit: Duration::from_secs(300), ..settings }.boot();
+    guest.wait_for_output("BUSY");
+    let output = guest.succeed();
+    assert_eq!(output.matches("DRAY-GUEST-READY").count(), 2, "{output}");
+    assert!(output.contains("SECOND"), "{output}");
+    assert!(!card.output().contains("refused"), "{}", card.output());
+    assert_eq!(card.stats()["functions"][0]["errors"], 0, "{}", card.stats());
 }
 
 #[test]

@@ -84,7 +84,8 @@ pub fn tables(memory: &GuestMemory) -> [Arc<HostMemory>; 2] {
     })
 }
 
-struct Silent;
+/// A port over which nobody is told anything.
+pub struct Silent;
 
 impl QueuePort for Silent {
     fn doorbell_fd(&self) -> Option<RawFd> {
@@ -98,8 +99,17 @@ impl QueuePort for Silent {
     fn raise_interrupt(&mut self) {}
 }
 
+/// Counts faults.
 #[derive(Default)]
-struct Faults(AtomicU32);
+pub struct Faults(AtomicU32);
+
+impl Faults {
+    /// How many there were.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 impl FaultReport for Faults {
     fn queue_failed(&self, _queue: u16, fault: QueueFault) {

@@ -4,10 +4,10 @@
 
 use std::collections::BTreeMap;
 
+use device_svc::backend::net::stations::FORGET_SECONDS;
 use device_svc::backend::net::tunnel::flow::{HEAD_BYTES, source_port};
 use device_svc::backend::net::tunnel::outer::OuterAddress;
 use device_svc::backend::net::tunnel::remotes::{Learning, Remotes};
-use device_svc::backend::net::tunnel::stations::FORGET_SECONDS;
 use device_svc::backend::net::tunnel::wire::{
     Encapsulated, OUTER_HEADER_BYTES, TUNNEL_HEADER_BYTES, TunnelKind, UDP_HEADER_BYTES, VNI_MAX,
 };

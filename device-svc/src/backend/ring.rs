@@ -2,7 +2,8 @@
 //!
 //! The ring is made by the control thread and switched on by the reactor's, on its first turn: a ring with
 //! `SINGLE_ISSUER` belongs to the thread that enables it. `DEFER_TASKRUN` keeps the kernel from interrupting the reactor:
-//! what has ended waits until `exchange` asks for it. Older kernels get the same ring without what they do not know.
+//! what has ended waits until `exchange` asks for it. Older kernels get the same ring without what they do not know, and so do
+//! several threads that use one ring in turns ([`Users::Several`]).
 //!
 //! A reactor that sleeps is woken by an eventfd: the ring's own descriptor is pollable, but deferred work wakes nobody who
 //! sleeps on it (tried on Linux 6.18). A signalled eventfd costs a system call to quiet, so the kernel may signal it only
@@ -21,6 +22,15 @@ use super::BackendError;
 /// Polls that find nothing before the eventfd is armed. Arming and quieting cost two system calls, about half a
 /// microsecond; by then some microseconds have been waited, and a disk that is faster than that is never slowed down.
 const IDLE_POLLS: u32 = 64;
+
+/// Who uses a ring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Users {
+    /// One thread, the first that does.
+    One,
+    /// Several threads, one at a time.
+    Several,
+}
 
 /// A ring whose file number 0 is the channel's.
 pub(super) struct Ring {
@@ -43,9 +53,9 @@ impl Ring {
     /// A ring for `entries` requests, not yet switched on. To be called on a thread that is not pinned: the kernel's
     /// workers may run where this thread may, or they would all share the reactor's core. `user` is who needs it, for people:
     /// "a tap".
-    pub(super) fn new(file: BorrowedFd<'_>, entries: u32, user: &str) -> Result<Self, BackendError> {
+    pub(super) fn new(file: BorrowedFd<'_>, entries: u32, user: &str, users: Users) -> Result<Self, BackendError> {
         let explain = |error: &io::Error| explain(error, user);
-        let (mut ring, tells_work) = build(entries).map_err(|error| explain(&error))?;
+        let (mut ring, tells_work) = build(entries, users).map_err(|error| explain(&error))?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| explain(&errno.into()))?;
         ring.completion().disable_eventfd();
@@ -225,9 +235,10 @@ fn passing(result: io::Result<()>) -> io::Result<()> {
 }
 
 /// The best ring that this kernel makes, and whether it tells of deferred work.
-fn build(entries: u32) -> io::Result<(IoUring, bool)> {
-    // Newest first: Linux 6.6, 6.1, 5.19, 5.10.
-    for level in (0..4).rev() {
+fn build(entries: u32, users: Users) -> io::Result<(IoUring, bool)> {
+    // Newest first: Linux 6.6, 6.1, 5.19, 5.10. From 6.1 on a ring belongs to one thread.
+    let levels = if users == Users::One { 4 } else { 2 };
+    for level in (0..levels).rev() {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_r_disabled();
         if level >= 1 {

@@ -25,7 +25,7 @@ const NETS: &str = "Options of type net";
 ///
 /// device-svc runs on the card. It shows block devices and network interfaces to virtual machines (over vhost-user or vfio-user
 /// sockets), polls their virtqueues, and forwards every request to a volume's storage (an NBD server, a file or block device, or
-/// memory) and every frame to an uplink's network (a tap interface, a tunnel).
+/// memory) and every frame to an uplink's network (a tap, an interface of the card's, a tunnel, a switch).
 ///
 /// `device-svc serve` runs the card; the other commands ask a card that runs, over its control socket.
 #[derive(Parser, Debug)]
@@ -347,11 +347,14 @@ pub(crate) enum UplinkCommand {
 #[command(after_long_help = "Examples:
   device-svc uplink create --name wan --backend tap,name=dray0
   device-svc uplink create --name blue --backend tap,name=dray0,netns=blue,mtu=9000
+  device-svc uplink create --name wire --backend af-packet,interface=eth1
+  device-svc uplink create --name fast --backend af-xdp,interface=eth1,queues=2
   device-svc uplink create --name far --backend vxlan,vni=42,local=10.9.0.1,remote=10.9.0.2,,10.9.0.3
   device-svc uplink create --name lan --backend switch,uplink=wan
   device-svc uplink create --name bench --backend loopback
 
-A tap interface that is not there is made; the network namespace must be there (`ip netns add blue`).
+A tap interface that is not there is made; any other interface, and the network namespace, must be there (`ip netns add blue`).
+af-packet leaves the interface to the card's stack as well; af-xdp has all that comes by the queues that a VM uses.
 A tunnel's own address must be on an interface; a comma within a value is written twice.")]
 pub(crate) struct UplinkCreate {
     /// Its name on this card

@@ -77,7 +77,7 @@ impl fmt::Display for TunnelConfig {
         write!(f, ",vni={vni},local={local}")?;
         if !remotes.is_empty() {
             let remotes: Vec<String> = remotes.iter().map(ToString::to_string).collect();
-            write!(f, ",remote={}", doubled(&remotes.join(",")))?;
+            write!(f, ",remote={}", doubled(remotes.join(",")))?;
         }
         if let Some(mtu) = mtu {
             write!(f, ",mtu={mtu}")?;

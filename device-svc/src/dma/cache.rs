@@ -5,6 +5,34 @@
 //! first is needed.
 #![expect(unsafe_code, reason = "instructions that have no safe form")]
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// Names each line that a range touches.
+#[inline(always)]
+fn lines(address: *const u8, length: usize, name: impl Fn(*const u8)) {
+    let before = address as usize % LINE_BYTES;
+    let mut line = address.wrapping_sub(before);
+    let mut left = (before + length).div_ceil(LINE_BYTES);
+    while left > 0 {
+        name(line);
+        line = line.wrapping_add(LINE_BYTES);
+        left -= 1;
+    }
+}
+
+/// Starts to load all lines of a range. Addresses where there is no memory do no harm.
+#[inline(always)]
+pub fn prefetch_read_range(address: *const u8, length: usize) {
+    lines(address, length, prefetch_read);
+}
+
+/// Starts to take all lines of a range for writing. Harmless as well.
+#[inline(always)]
+pub fn prefetch_write_range(address: *const u8, length: usize) {
+    lines(address, length, prefetch_write);
+}
+
 /// Starts to load the line at `address`. An address where there is no memory does no harm.
 #[inline(always)]
 pub fn prefetch_read(address: *const u8) {

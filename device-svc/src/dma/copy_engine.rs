@@ -13,14 +13,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::{
     Access, CardMemory, Direction, DmaCounters, DmaEngine, DmaFault, HostMemory, Removed, Ticket, Unmapped,
-    full_barrier, prefetch_read, prefetch_write,
+    full_barrier, prefetch_read_range, prefetch_write_range,
 };
 use crate::address::{CardAddress, Iova};
 
 /// Reads up to this long are noted, and made when they are submitted: headers, event words, short chains, the first bytes of frames.
 const NOTED_BYTES_MAX: u32 = 256;
-/// Bytes of a cache line.
-const LINE_BYTES: u32 = 64;
 /// How many are noted at most; a batch's headers fit.
 const NOTED_MAX: usize = 64;
 
@@ -158,16 +156,20 @@ impl CopyEngine {
     }
 }
 
-/// Copies a few bytes; the lengths that nearly all are take no call.
+/// Copies a few bytes; the lengths that nearly all are take no call: a descriptor, the header of a frame, a status.
 ///
 /// # Safety
 /// As for `copy_nonoverlapping`.
 #[inline(always)]
-unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
+pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
     // SAFETY: the caller's promise covers `length` bytes, whichever way they are copied.
     unsafe {
         match length {
             16 => to.cast::<u128>().write_unaligned(from.cast::<u128>().read_unaligned()),
+            12 => {
+                to.cast::<u64>().write_unaligned(from.cast::<u64>().read_unaligned());
+                to.add(8).cast::<u32>().write_unaligned(from.add(8).cast::<u32>().read_unaligned());
+            }
             1 => to.write(from.read()),
             _ => std::ptr::copy_nonoverlapping(from, to, length),
         }
@@ -209,12 +211,7 @@ impl DmaEngine for CopyEngine {
             Some((host, run))
                 if run == u64::from(length) && length <= NOTED_BYTES_MAX && self.noted.len() < NOTED_MAX =>
             {
-                prefetch_read(host);
-                let mut line = LINE_BYTES;
-                while line < length {
-                    prefetch_read(host.wrapping_add(line as usize));
-                    line += LINE_BYTES;
-                }
+                prefetch_read_range(host, length as usize);
                 self.noted.push(Noted { host, card: to, length });
                 Ok(())
             }
@@ -300,9 +297,17 @@ impl DmaEngine for CopyEngine {
     }
 
     #[inline]
-    fn expect_write(&mut self, to: Iova) {
+    fn expect_read(&mut self, from: Iova, length: u32) {
+        if let Some((host, _)) = self.resolve(from, 1, Direction::FromHost) {
+            prefetch_read_range(host, length as usize);
+        }
+    }
+
+    #[inline]
+    fn expect_write(&mut self, to: Iova, length: u32) {
         if let Some((host, _)) = self.resolve(to, 1, Direction::ToHost) {
-            prefetch_write(host);
+            // The bytes may go on in another run, which is not what is asked for then.
+            prefetch_write_range(host, length as usize);
         }
     }
 
@@ -331,6 +336,17 @@ impl DmaEngine for CopyEngine {
     #[inline]
     fn is_idle(&mut self) -> bool {
         self.noted.is_empty()
+    }
+
+    #[inline]
+    fn lend_whole(&mut self, from: Iova, length: u32, direction: Direction) -> Option<*mut u8> {
+        let (host, run) = self.resolve(from, u64::from(length), direction)?;
+        if run < u64::from(length) {
+            return None;
+        }
+        self.counters.lent += 1;
+        self.counters.lent_bytes += u64::from(length);
+        Some(host)
     }
 
     #[inline]

@@ -26,9 +26,10 @@ mod memory;
 pub mod mortality;
 mod page_table;
 
-pub use cache::{full_barrier, prefetch_read, prefetch_write};
+pub use cache::{full_barrier, prefetch_read, prefetch_read_range, prefetch_write, prefetch_write_range};
 pub use card::CardMemory;
 pub use copy_engine::CopyEngine;
+pub(crate) use copy_engine::copy;
 #[cfg(test)]
 pub use delayed::DelayedEngine;
 #[cfg(test)]
@@ -233,9 +234,13 @@ pub trait DmaEngine: Send {
     /// As for [`read`](Self::read).
     fn read_packed(&mut self, from: Iova, to: CardAddress, count: u32) -> Result<(), Unmapped>;
 
-    /// Says that a few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
+    /// Says that the few bytes at `from` will be read soon: an engine may make that cheaper, and may ignore it.
     #[inline]
-    fn expect_write(&mut self, _to: Iova) {}
+    fn expect_read(&mut self, _from: Iova, _length: u32) {}
+
+    /// Says that the few bytes at `to` will be written soon: an engine may make that cheaper, and may ignore it.
+    #[inline]
+    fn expect_write(&mut self, _to: Iova, _length: u32) {}
 
     /// A barrier both ways: copies queued later see and make memory as it is after all those queued before are visible to
     /// the host. For the races of notification suppression (store of our index against load of theirs).
@@ -271,6 +276,13 @@ pub trait DmaEngine: Send {
         direction: Direction,
         out: &mut Vec<libc::iovec>,
     ) -> Result<(), Unmapped>;
+
+    /// Lends `length` bytes of host memory that are one range; `None` where they are not, or an engine does not look: then
+    /// [`lend`](Self::lend) says more.
+    #[inline]
+    fn lend_whole(&mut self, _from: Iova, _length: u32, _direction: Direction) -> Option<*mut u8> {
+        None
+    }
 
     /// Takes back what was lent; `written` says that the card may have changed it.
     fn give_back(&mut self, from: Iova, length: u32, written: bool);

@@ -270,8 +270,9 @@ impl PackedMirror {
                         return Ok(Fetched::Nothing);
                     }
                     self.was_full = self.found_count >= FETCH_WHOLE_MAX;
-                    let all_taken = self.found_slots == self.fetched_slots;
-                    self.guess = if all_taken { self.guess * 2 } else { self.found_slots }.clamp(SLOTS_MIN, SLOTS_MAX);
+                    // Where the budget ended the batch, more slots would only be fetched again.
+                    let more = self.found_slots == self.fetched_slots && self.found_count < self.budget;
+                    self.guess = if more { self.guess * 2 } else { self.found_slots }.clamp(SLOTS_MIN, SLOTS_MAX);
                     self.request_tables(engine)?;
                     self.fetching = Fetching::Tables(engine.submit());
                 }
@@ -282,6 +283,12 @@ impl PackedMirror {
                     }
                     self.fetching = Fetching::Idle;
                     self.deliver(engine, &mut sink)?;
+                    if self.found_count == self.budget {
+                        // As many more wait, probably; and where they are their used descriptors will be written.
+                        let next = self.ring.next_avail().slot;
+                        let slots = self.guess.min(self.ring.size() - next);
+                        engine.expect_write(self.ring.descriptor_at(next), 16 * u32::from(slots));
+                    }
                     return Ok(Fetched::Chains(self.found_count));
                 }
             }

@@ -256,6 +256,7 @@ impl SplitMirror {
                         continue;
                     }
                     self.fetching = Fetching::Idle;
+                    self.expect_next(engine, count);
                     return Ok(Fetched::Chains(count));
                 }
             }
@@ -322,6 +323,24 @@ impl SplitMirror {
             self.request_descriptors(engine, first, last)?;
         }
         Ok(())
+    }
+
+    /// Says what comes after a batch of `count`: its used elements, and what is known to wait behind it.
+    #[inline]
+    fn expect_next<E: DmaEngine>(&self, engine: &mut E, count: u16) {
+        let size = self.ring.size();
+        let used = self.ring.next_used();
+        engine.expect_write(self.ring.used_element_at(used), 8 * u32::from(count.min(size - used)));
+        let waiting = self.ring.known_available().min(FETCH_MAX);
+        if waiting > 0 {
+            let [first, _] = self.ring.avail_runs(waiting);
+            engine.expect_read(self.ring.avail_entry_at(first.slot), 2 * u32::from(first.count));
+            // Chains mostly lie one behind the other.
+            let head = self.cursors[usize::from(count) - 1].at.saturating_add(self.guess);
+            let head = if head < size { head } else { 0 };
+            let descriptors = (waiting * self.guess).min(size - head);
+            engine.expect_read(self.ring.descriptor_at(head), 16 * u32::from(descriptors));
+        }
     }
 
     /// Fetches descriptors `first` to `end`.

@@ -12,6 +12,9 @@ use crate::device::{AnyLane, NetLane, NetRole, Outlet};
 
 /// How many turns a lane counts as active after it had work: as long as a guest takes to add its next request.
 const ACTIVE_TURNS: u64 = 64;
+/// What a lane's chains take of a turn: the two lanes of a queue pair together as much as one of a disk.
+pub(super) const WEIGHT_BLOCK: u16 = 2;
+const WEIGHT_NET: u16 = 1;
 
 pub(super) struct LaneSlot {
     pub(super) queue: u16,
@@ -44,17 +47,17 @@ pub(super) struct FunctionSlot {
 pub(super) struct Turned {
     /// There was something to do.
     pub(super) did: bool,
-    /// Lanes that had work in one of the last turns.
+    /// Lanes that had work in one of the last turns, each with its weight.
     pub(super) active: u16,
 }
 
 impl Turned {
-    fn lane(&mut self, did: bool, turn: u64, worked_in: &mut u64) {
+    fn lane(&mut self, did: bool, turn: u64, worked_in: &mut u64, weight: u16) {
         if did {
             self.did = true;
             *worked_in = turn;
         }
-        self.active += u16::from(turn - *worked_in < ACTIVE_TURNS);
+        self.active += if turn - *worked_in < ACTIVE_TURNS { weight } else { 0 };
     }
 }
 
@@ -77,7 +80,7 @@ impl FunctionSlot {
                 let mut turned = Turned::default();
                 for slot in lanes.iter_mut().flatten() {
                     let AnyLane::Block(lane) = &mut slot.lane else { continue };
-                    turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in);
+                    turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in, WEIGHT_BLOCK);
                 }
                 if idle_too || channel.in_flight() > 0 {
                     channel.poll(now, completions);
@@ -215,7 +218,7 @@ fn turn_net(
             }
             NetRole::Control => None,
         };
-        turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in);
+        turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in, WEIGHT_NET);
     }
     for slot in lanes.iter_mut().flatten().filter(|slot| !slot.abandoned) {
         let AnyLane::Net(lane) = &mut slot.lane else { continue };

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::function::{FunctionSlot, LaneSlot};
+use super::function::{FunctionSlot, LaneSlot, WEIGHT_BLOCK};
 use super::mailbox::{Mailbox, Message, QueueKey, Stopped};
 use crate::backend::Completion;
 use crate::clock::Moment;
@@ -62,7 +62,7 @@ pub(super) struct Turning {
     waits: Vec<Wait>,
     completions: Vec<Completion>,
     turns: u64,
-    /// Lanes that had work in one of the last turns.
+    /// Lanes that had work in one of the last turns, each with its weight.
     active: u16,
     /// Abandoned lanes that are still in a slot.
     abandoned: usize,
@@ -130,7 +130,7 @@ impl Turning {
         }
         self.turns += 1;
         // A queue alone takes large batches; queues beside each other take smaller ones, so that none waits long for another.
-        let chains_max = (FETCH_MAX / self.active.max(1)).max(CHAINS_MIN);
+        let chains_max = (FETCH_MAX * WEIGHT_BLOCK / self.active.max(WEIGHT_BLOCK)).max(CHAINS_MIN);
         self.active = 0;
         let idle_too = self.turns.is_multiple_of(IDLE_CHANNEL_TURNS);
         for function in self.functions.iter_mut().flatten() {

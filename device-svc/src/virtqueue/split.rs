@@ -117,6 +117,13 @@ impl SplitRing {
         self.next_avail = self.next_avail.wrapping_add(count);
     }
 
+    /// Where the next used element goes, a slot.
+    #[inline]
+    #[must_use]
+    pub const fn next_used(&self) -> u16 {
+        self.next_used & (self.size - 1)
+    }
+
     /// Stages one used element; returns its slot.
     #[inline]
     pub fn stage_used(&mut self) -> u16 {

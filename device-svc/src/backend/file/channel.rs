@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
 
-use super::super::ring::Ring;
+use super::super::ring::{Ring, Users};
 use super::super::{BackendError, BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
 use super::RING_USER;
 use super::bounce::{self, Bounce, PART_BYTES};
@@ -109,7 +109,7 @@ unsafe impl Send for Rows {}
 
 impl FileChannel {
     pub(super) fn new(file: Arc<OpenFile>) -> Result<Self, BackendError> {
-        let ring = Ring::new(file.as_fd(), DEPTH, RING_USER)?;
+        let ring = Ring::new(file.as_fd(), DEPTH, RING_USER, Users::One)?;
         let nothing = BlockRequest {
             tag: Tag { lane: 0, row: 0 },
             operation: BlockOperation::Flush,

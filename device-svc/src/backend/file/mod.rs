@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use self::channel::FileChannel;
 use self::open::OpenFile;
-use super::ring::Ring;
+use super::ring::{Ring, Users};
 use super::{BackendError, BlockBackend, BlockChannel, BlockInfo, PayloadPlace};
 
 /// Who needs io_uring, for people.
@@ -71,7 +71,7 @@ impl FileBackend {
     pub fn open(settings: &FileSettings) -> Result<Self, BackendError> {
         let file = OpenFile::open(settings)?;
         // What io_uring lacks here is better said now than when the first queue starts.
-        Ring::new(file.as_fd(), 1, RING_USER)?;
+        Ring::new(file.as_fd(), 1, RING_USER, Users::One)?;
         Ok(Self { file: Arc::new(file) })
     }
 }

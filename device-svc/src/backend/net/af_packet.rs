@@ -39,6 +39,7 @@ use super::packet_socket as socket;
 use super::watch::{Watch, Watched};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads};
 use crate::backend::BackendError;
+use crate::backend::ring::Users;
 
 /// Channels of one interface: each costs a little for each frame.
 const CHANNELS_MAX: u16 = 16;
@@ -122,6 +123,16 @@ impl NetBackend for AfPacketBackend {
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        self.open(Users::One)
+    }
+
+    fn open_shared_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        self.open(Users::Several)
+    }
+}
+
+impl AfPacketBackend {
+    fn open(&self, users: Users) -> Result<Box<dyn NetChannel>, BackendError> {
         let device = &self.device;
         let mut state = device.state();
         let namespace = device.namespace();
@@ -131,7 +142,7 @@ impl NetBackend for AfPacketBackend {
         let open = || socket::open_channel(index, &filter(Share::Nothing));
         let file = namespace.run(open)?.map_err(|errno| explain(&device.name, namespace, errno))?;
         let port: Arc<dyn Port> = Arc::<Device>::clone(device);
-        let queue = KernelQueue::new(port, file, Kind::Socket)?;
+        let queue = KernelQueue::new(port, file, Kind::Socket, users)?;
         state.members.retain(|member| member.file.strong_count() > 0);
         state.members.push(Member { file: Arc::downgrade(queue.file()), attached: false });
         // What the kernel cannot do is done before a frame reaches it, whatever functions were promised.

@@ -98,7 +98,7 @@ impl AfXdpBackend {
             channels_max: settings.queues,
             functions_max: 1,
         };
-        let slots = vec![Weak::new(); settings.queues.into()];
+        let slots = (0..settings.queues).map(|_| Weak::new()).collect();
         let device = Arc::new(Device {
             carrier: Arc::new(Carrier::new(namespace.is_running(&name).unwrap_or(false))),
             watch,

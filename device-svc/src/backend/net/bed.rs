@@ -62,6 +62,15 @@ impl Bed {
         self.ip(&["link", "add", OWN, "type", "veth", "peer", "name", FAR]);
         self.ip(&["link", "set", FAR, "up"]);
         self.ip(&["link", "set", OWN, "up"]);
+        self.settle();
+    }
+
+    /// Waits until both ends of the wire carry frames: after they are up the kernel drops them for a while, and calls it success.
+    pub(super) fn settle(&self) {
+        let ends = [OWN, FAR].map(|name| InterfaceName::new(name).unwrap());
+        until(|| ends.iter().all(|end| self.namespace.is_running(end) == Ok(true)));
+        // Whoever changes a link waits until the kernel is done with the last change.
+        self.ip(&["link", "set", FAR, "up"]);
     }
 
     /// Has an interface leave nothing undone of what it sends, as `ethtool -K … tx off` does.

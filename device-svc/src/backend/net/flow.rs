@@ -90,6 +90,15 @@ impl Flow {
         &self.text[..addresses + if with_ports { 4 } else { 0 }]
     }
 
+    /// A number with all that tells the flow, for those who spread flows and do not need both directions together.
+    #[inline]
+    #[must_use]
+    pub fn mixed(&self) -> u64 {
+        let (words, _) = self.text.as_chunks::<8>();
+        let rest = u64::from(u32::from_be_bytes([self.text[32], self.text[33], self.text[34], self.text[35]]));
+        words.iter().fold(mix(self.protocol as u64, rest), |state, word| mix(state, u64::from_be_bytes(*word)))
+    }
+
     /// A number that both directions of the flow have in common, for those who only need to spread flows.
     #[inline]
     #[must_use]
@@ -104,6 +113,14 @@ impl Flow {
         let mixed = (sum ^ sum >> 15).wrapping_mul(0x2c1b_3c6d);
         mixed ^ mixed >> 12
     }
+}
+
+/// Mixes a word into a state, so that each bit of both changes about half of what comes out.
+#[inline]
+#[must_use]
+pub const fn mix(state: u64, word: u64) -> u64 {
+    let product = (state ^ word) as u128 * 0x9e37_79b9_7f4a_7c15;
+    (product >> 64) as u64 ^ product as u64
 }
 
 /// Copies the ports of TCP or UDP, if they are there. Returns what they are of.

@@ -6,36 +6,34 @@
 
 use std::collections::VecDeque;
 
-use super::{BURST, FRAME_BYTES_MAX, Incoming, NetHeader, Outgoing};
-
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    header: NetHeader,
-    at: u32,
-    bytes: u32,
-}
+use super::{FRAME_BYTES_MAX, Incoming, Outgoing};
+use crate::address::CardAddress;
+use crate::dma::CardMemory;
 
 /// The frames.
 #[derive(Debug)]
 pub(super) struct FrameRing {
-    bytes: Box<[u8]>,
-    waiting: VecDeque<Entry>,
-    /// Where the next frame goes.
+    memory: CardMemory,
+    bytes: u32,
+    /// The frames as they are handed over.
+    waiting: VecDeque<Incoming>,
+    /// Where the oldest begins, and where the next goes.
+    oldest: u32,
     next: u32,
-    handed: Vec<Incoming>,
 }
 
 impl FrameRing {
     /// Room for `frames` frames and `bytes` bytes; at least for the longest frame.
-    pub(super) fn new(frames: usize, bytes: u32) -> Self {
-        Self {
-            bytes: vec![0; bytes.max(FRAME_BYTES_MAX) as usize].into_boxed_slice(),
-            waiting: VecDeque::with_capacity(frames),
-            next: 0,
-            handed: Vec::with_capacity(BURST),
-        }
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(super) fn new(frames: usize, bytes: u32) -> std::io::Result<Self> {
+        let bytes = bytes.max(FRAME_BYTES_MAX);
+        let memory = CardMemory::new(bytes)?;
+        Ok(Self { memory, bytes, waiting: VecDeque::with_capacity(frames), oldest: 0, next: 0 })
     }
 
+    #[inline]
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -48,64 +46,65 @@ impl FrameRing {
     /// Where `bytes` can go.
     #[inline]
     fn place(&self, bytes: u32) -> Option<u32> {
-        let end = self.bytes.len() as u32;
-        let (Some(first), true) = (self.waiting.front(), self.waiting.len() < self.waiting.capacity()) else {
-            return self.waiting.is_empty().then_some(0);
-        };
-        // Strictly less before the first one: equal would look like an empty ring.
-        if self.next > first.at {
-            if bytes <= end - self.next { Some(self.next) } else { (bytes < first.at).then_some(0) }
+        if self.waiting.is_empty() {
+            return (bytes <= self.bytes).then_some(0);
+        }
+        if self.waiting.len() == self.waiting.capacity() {
+            return None;
+        }
+        // Strictly less before the oldest: equal would look like an empty ring.
+        if self.next > self.oldest {
+            if bytes <= self.bytes - self.next { Some(self.next) } else { (bytes < self.oldest).then_some(0) }
         } else {
-            (bytes < first.at - self.next).then_some(self.next)
+            (bytes < self.oldest - self.next).then_some(self.next)
         }
     }
 
-    /// Copies a frame in. Returns whether there was room.
+    /// Copies a frame in. Returns the copy, to be changed, if there was room.
     #[inline]
-    pub(super) fn push(&mut self, frame: &Outgoing) -> bool {
-        let Some(at) = self.place(frame.bytes).filter(|_| frame.bytes <= self.bytes.len() as u32) else { return false };
-        let room = &mut self.bytes[at as usize..(at + frame.bytes) as usize];
+    pub(super) fn push(&mut self, frame: &Outgoing) -> Option<&mut [u8]> {
+        let at = self.place(frame.bytes)?;
+        let length = frame.bytes as usize;
+        let start = self.memory.pointer(CardAddress(at), length);
         let mut filled = 0;
         for range in frame.segments.as_slice() {
-            let to = &mut room[filled..filled + range.iov_len];
+            let count = range.iov_len.min(length - filled);
             // SAFETY: the ranges of a frame that a channel is given are readable while `transmit` runs; a VM may write them meanwhile,
-            // so they are copied, never borrowed. They do not overlap our own memory.
+            // so they are copied, never borrowed. `count` bytes are left of the range at `start`, which nobody else looks at.
             unsafe {
-                std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), to.as_mut_ptr(), to.len())
+                std::ptr::copy_nonoverlapping(range.iov_base.cast::<u8>().cast_const(), start.add(filled), count)
             };
-            filled += range.iov_len;
+            filled += count;
         }
-        debug_assert_eq!(filled, frame.bytes as usize, "a frame is as long as its ranges");
-        self.waiting.push_back(Entry { header: frame.header, at, bytes: frame.bytes });
+        debug_assert_eq!(filled, length, "a frame is as long as its ranges");
+        if self.waiting.is_empty() {
+            self.oldest = at;
+        }
+        // SAFETY: the bytes are ours, initialised (zero at first), and stay as they are once the caller has changed them until the
+        // frame is released: `push` writes only where none waits.
+        self.waiting.push_back(unsafe { Incoming::new(frame.header, start, frame.bytes) });
         self.next = at + frame.bytes;
-        true
+        // SAFETY: as above; nothing borrows the newest frame yet.
+        Some(unsafe { std::slice::from_raw_parts_mut(start, length) })
     }
 
-    /// The newest frame, to be changed.
+    /// The oldest frames, at most `most`, and fewer where the list of them begins anew.
     #[inline]
-    pub(super) fn newest(&mut self) -> Option<&mut [u8]> {
-        let Entry { at, bytes, .. } = *self.waiting.back()?;
-        Some(&mut self.bytes[at as usize..(at + bytes) as usize])
-    }
-
-    /// The oldest frames, at most `most`.
-    #[inline]
-    pub(super) fn frames(&mut self, most: usize) -> &[Incoming] {
-        self.handed.clear();
-        for Entry { header, at, bytes } in self.waiting.iter().take(most.min(BURST)) {
-            let start = self.bytes[*at as usize..].as_ptr();
-            // SAFETY: the bytes are ours, and stay as they are until the frame is released: `push` writes only where none waits.
-            self.handed.push(unsafe { Incoming::new(*header, start, *bytes) });
-        }
-        &self.handed
+    pub(super) fn frames(&self, most: usize) -> &[Incoming] {
+        let (frames, _) = self.waiting.as_slices();
+        &frames[..most.min(frames.len())]
     }
 
     /// The `count` oldest are done with.
     #[inline]
     pub(super) fn release(&mut self, count: usize) {
         self.waiting.drain(..count.min(self.waiting.len()));
-        if self.waiting.is_empty() {
-            self.next = 0;
+        match self.waiting.front() {
+            Some(frame) => {
+                let first = self.memory.pointer(CardAddress(0), 0);
+                self.oldest = (frame.bytes().as_ptr() as usize - first as usize) as u32;
+            }
+            None => self.next = 0,
         }
     }
 }

@@ -11,6 +11,9 @@ use super::{ETHERNET_BYTES, Offloads};
 /// Bytes of the header as every driver of virtio 1 has it.
 pub const HEADER_BYTES: u32 = size_of::<RawNetHeader>() as u32;
 
+/// Where what a checksum counts begins at least: behind the headers of Ethernet and IP. Whoever may have a checksum written must not
+/// have it written over what a frame is judged by, its addresses and its VLAN.
+const CHECKSUM_START_MIN: u16 = ETHERNET_BYTES as u16 + 20;
 /// Where the headers of IP and TCP end at least, behind Ethernet's: nothing shorter can be cut.
 const CUT_HEADER_BYTES_MIN: u32 = ETHERNET_BYTES + 20 + 8;
 
@@ -34,6 +37,22 @@ pub struct RawNetHeader {
     pub buffers: u16,
 }
 
+impl RawNetHeader {
+    /// Its bytes, put together before they are stored: a copy made just after several small stores would wait for all of them.
+    #[inline]
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; HEADER_BYTES as usize] {
+        let field = |value: u16, place: u32| u64::from(u16::from_le(value)) << (16 * place);
+        let kind = u64::from(self.flags) | u64::from(self.gso_type) << 8;
+        let front = kind | field(self.header_bytes, 1) | field(self.segment_bytes, 2) | field(self.checksum_start, 3);
+        let back = (field(self.checksum_offset, 0) | field(self.buffers, 1)) as u32;
+        let mut bytes = [0; HEADER_BYTES as usize];
+        bytes[..8].copy_from_slice(&front.to_le_bytes());
+        bytes[8..].copy_from_slice(&back.to_le_bytes());
+        bytes
+    }
+}
+
 /// A frame's checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Checksum {
@@ -42,7 +61,8 @@ pub enum Checksum {
     Unknown,
     /// It has been checked, and is right.
     Valid,
-    /// It is still to be computed, over all from `start` on, and stored `offset` behind that; both bytes are inside the frame.
+    /// It is still to be computed, over all from `start` on, and stored `offset` behind that; both bytes are inside the frame, and
+    /// behind the headers of Ethernet and IP.
     Needed {
         /// Where it begins to count.
         start: u16,
@@ -90,8 +110,8 @@ pub enum BadHeader {
     /// It asks for what was not negotiated, or is not known.
     #[error("a frame asks for what was not negotiated")]
     NotNegotiated,
-    /// The checksum would lie outside the frame.
-    #[error("a frame's checksum lies outside of it")]
+    /// The checksum would lie outside the frame, or in the headers of Ethernet or IP.
+    #[error("a frame's checksum lies outside of its payload")]
     ChecksumOutside,
     /// It is to be cut into pieces of nothing, or has no headers that could be repeated, or no checksum to be computed.
     #[error("a frame cannot be cut as it asks")]
@@ -117,7 +137,7 @@ impl NetHeader {
     fn parse_undone(raw: &RawNetHeader, frame_bytes: u32, allowed: Offloads) -> Result<Self, BadHeader> {
         let checksum = if u32::from(raw.flags) & spec::VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
             let (start, offset) = (u16::from_le(raw.checksum_start), u16::from_le(raw.checksum_offset));
-            if u32::from(start) + u32::from(offset) + 2 > frame_bytes {
+            if start < CHECKSUM_START_MIN || u32::from(start) + u32::from(offset) + 2 > frame_bytes {
                 return Err(BadHeader::ChecksumOutside);
             }
             Checksum::Needed { start, offset }

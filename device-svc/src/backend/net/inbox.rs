@@ -243,6 +243,13 @@ impl Outbox {
         self.entry(self.next).is_none()
     }
 
+    /// Whether no frame waits, nor is being put in: what is put in by somebody else behind one that is still being copied cannot be
+    /// seen yet, and comes before whatever comes now.
+    #[inline]
+    pub(crate) fn is_drained(&self) -> bool {
+        Position::from_word(self.inbox.reserved.0.load(Ordering::Relaxed)).frames == self.next
+    }
+
     /// The oldest frames, at most `most`.
     #[inline]
     pub(crate) fn frames(&mut self, most: usize) -> &[Incoming] {
@@ -279,6 +286,17 @@ impl Outbox {
     /// Whether its reactor may sleep: nothing waits, and the bell rings for the next.
     pub(crate) fn arm(&self) -> bool {
         self.inbox.asleep.prepare(|| self.is_empty())
+    }
+
+    /// From now on the bell rings, whatever waits: for a reactor that sleeps until somebody else has done something.
+    pub(crate) fn expect_bell(&self) {
+        self.inbox.asleep.prepare(|| true);
+    }
+
+    /// Its reactor turns: nobody need ring, which is a system call.
+    #[inline]
+    pub(crate) fn awake(&self) {
+        self.inbox.asleep.awake();
     }
 
     /// The bell has rung.

@@ -25,29 +25,27 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
-use super::slab::{PLACE_BYTES, Slab};
+use super::slab::Slab;
 use super::{
     BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
-    VLAN_TAG_BYTES,
+    VLAN_TAG_BYTES, packet_socket,
 };
 use crate::backend::BackendError;
-use crate::backend::ring::Ring;
+use crate::backend::ring::{Ring, Users};
+
+mod place;
+
+pub(super) use place::HEADER_BYTES;
+use place::{Beside, FRAME_AT, Message, READ_BYTES, messages, move_behind_tag, put_tag_back, read_place};
 
 /// Reads, writes, two polls and their two removals.
 const ENTRIES: u32 = 128;
 /// From so many frames on a burst goes through the ring.
 const RING_FRAMES: usize = 4;
+/// Bursts of a backlog until a socket is asked in the middle of it.
+const FULL_BURSTS_MAX: u32 = 4096;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
-/// Bytes of the header before each frame.
-pub(super) const HEADER_BYTES: u32 = std::mem::offset_of!(RawNetHeader, buffers) as u32;
-/// Where in its place a frame begins. Before it is its header, or, when that has been read, room for a VLAN tag.
-const FRAME_AT: usize = 16;
-const READ_AT: usize = FRAME_AT - HEADER_BYTES as usize;
-const READ_BYTES: usize = PLACE_BYTES - READ_AT;
-const _: () = assert!(PLACE_BYTES >= FRAME_AT + FRAME_BYTES_MAX as usize && FRAME_AT >= VLAN_TAG_BYTES as usize);
-/// The two addresses of an Ethernet frame; a VLAN tag follows.
-const ADDRESSES_BYTES: usize = 12;
 
 const FILE: types::Fixed = types::Fixed(0);
 /// What an entry is, beside its number in the burst; a poll's has the descriptor's epoch above it.
@@ -56,13 +54,6 @@ const POLL_OUT: u64 = 2 << 8;
 const REMOVAL: u64 = 3 << 8;
 const KIND: u64 = 0xff << 8;
 const EPOCH_SHIFT: u32 = 16;
-
-/// Where a read begins, in the place of a frame.
-#[inline]
-fn read_place(slab: &Slab, number: usize) -> *mut u8 {
-    // Within the place, which is longer.
-    slab.place(number).wrapping_add(READ_AT)
-}
 
 /// What a queue needs of the interface that it belongs to.
 pub(super) trait Port: Send + Sync {
@@ -106,60 +97,6 @@ pub(super) enum Kind {
     Socket,
 }
 
-/// What the kernel says beside a frame: `struct cmsghdr` with `struct tpacket_auxdata`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Beside {
-    length: usize,
-    level: libc::c_int,
-    kind: libc::c_int,
-    status: u32,
-    bytes: u32,
-    captured_bytes: u32,
-    mac_at: u16,
-    network_at: u16,
-    tag: u16,
-    tag_protocol: u16,
-}
-const BESIDE_BYTES: usize = std::mem::offset_of!(Beside, tag_protocol) + 2;
-
-impl Beside {
-    /// The VLAN tag as it stands in a frame, if there is one.
-    fn tag(&self) -> Option<[u8; VLAN_TAG_BYTES as usize]> {
-        let there = self.length >= BESIDE_BYTES && (self.level, self.kind) == (libc::SOL_PACKET, libc::PACKET_AUXDATA);
-        if !there || self.status & libc::TP_STATUS_VLAN_VALID == 0 {
-            return None;
-        }
-        let is_known = self.status & libc::TP_STATUS_VLAN_TPID_VALID != 0;
-        let protocol = if is_known { self.tag_protocol } else { libc::ETH_P_8021Q as u16 };
-        let ([a, b], [c, d]) = (protocol.to_be_bytes(), self.tag.to_be_bytes());
-        Some([a, b, c, d])
-    }
-}
-
-/// A read of a message: its parts lead to each other, so they stay where they are.
-struct Message {
-    header: libc::msghdr,
-    range: libc::iovec,
-    beside: Beside,
-}
-
-fn messages(slab: &Slab) -> Box<[Message]> {
-    let message = |number| Message {
-        // SAFETY: a message's header is plain data.
-        header: unsafe { std::mem::zeroed() },
-        range: libc::iovec { iov_base: read_place(slab, number).cast(), iov_len: READ_BYTES },
-        beside: Beside::default(),
-    };
-    let mut messages: Box<[Message]> = (0..BURST).map(message).collect();
-    for Message { header, range, beside } in &mut messages {
-        header.msg_iov = range;
-        header.msg_iovlen = 1;
-        header.msg_control = std::ptr::from_mut(beside).cast();
-    }
-    messages
-}
-
 /// One queue.
 pub(super) struct KernelQueue {
     port: Arc<dyn Port>,
@@ -179,6 +116,8 @@ pub(super) struct KernelQueue {
     readable: bool,
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
+    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
+    room_came: bool,
     slab: Slab,
     /// Reads of a burst of a socket; a tap has none.
     messages: Box<[Message]>,
@@ -189,6 +128,8 @@ pub(super) struct KernelQueue {
     released: usize,
     /// Frames that the next read asks for.
     burst: usize,
+    /// Bursts that a socket had in full since it was asked what it had no memory for: before such a backlog it had enough.
+    full_bursts: u32,
     headers: Box<[RawNetHeader; BURST]>,
     ranges: Vec<libc::iovec>,
     /// The kernel's answers to a burst, and how many are still to come.
@@ -201,9 +142,9 @@ unsafe impl Send for KernelQueue {}
 
 impl KernelQueue {
     /// A queue of `port` on a descriptor that does not block and is not attached.
-    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind) -> Result<Self, BackendError> {
+    pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind, users: Users) -> Result<Self, BackendError> {
         let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
-        let ring = Ring::new(file.as_fd(), ENTRIES, user)?;
+        let ring = Ring::new(file.as_fd(), ENTRIES, user, users)?;
         let slab = Slab::new();
         let (messages, sends) = match kind {
             Kind::Tap => Default::default(),
@@ -224,12 +165,14 @@ impl KernelQueue {
             polled: false,
             readable: false,
             waits_for_room: false,
+            room_came: false,
             slab,
             messages,
             sends,
             frames: Vec::with_capacity(BURST),
             released: 0,
             burst: 1,
+            full_bursts: 0,
             headers: Box::new([RawNetHeader::default(); BURST]),
             ranges: Vec::with_capacity(RANGES),
             results: [0; BURST],
@@ -274,7 +217,7 @@ impl KernelQueue {
         self.file = Arc::new(fresh);
         self.polled = false;
         self.readable = false;
-        self.waits_for_room = false;
+        self.room_came |= std::mem::take(&mut self.waits_for_room);
         self.attached = false;
         if self.enabled {
             self.attach();
@@ -313,7 +256,7 @@ impl KernelQueue {
     /// Takes what has ended.
     #[inline]
     fn take(&mut self) {
-        let Self { ring, results, under_way, polled, readable, waits_for_room, epoch, .. } = self;
+        let Self { ring, results, under_way, polled, readable, waits_for_room, room_came, epoch, .. } = self;
         for entry in ring.ended() {
             let tag = entry.user_data();
             let current = tag >> EPOCH_SHIFT == u64::from(*epoch);
@@ -328,7 +271,7 @@ impl KernelQueue {
                     *readable = true;
                     *polled = cqueue::more(entry.flags());
                 }
-                POLL_OUT if current => *waits_for_room = false,
+                POLL_OUT if current => (*waits_for_room, *room_came) = (false, true),
                 _ => {}
             }
         }
@@ -409,6 +352,7 @@ impl KernelQueue {
         if come == count {
             self.readable = true;
             self.burst = (count * 2).min(BURST);
+            self.full_bursts += u32::from(count == BURST);
         } else {
             self.burst = (come + 1).min(BURST);
         }
@@ -443,7 +387,7 @@ impl KernelQueue {
         let mut raw = RawNetHeader::default();
         raw.as_mut_bytes()[..HEADER_BYTES as usize].copy_from_slice(read);
         if let Some(tag) = tag {
-            self.put_tag_back(number, tag);
+            put_tag_back(&self.slab, number, tag);
             move_behind_tag(&mut raw);
         }
         let start = FRAME_AT - (length - read_bytes) as usize;
@@ -451,19 +395,6 @@ impl KernelQueue {
         let Ok(header) = NetHeader::parse(&raw, length, Offloads::ALL) else { return };
         // SAFETY: the kernel wrote so many bytes, and the place is read to again only when all frames are released.
         self.frames.push(unsafe { Incoming::new(header, self.slab.place(number).add(start), length) });
-    }
-
-    /// Puts a VLAN tag into the frame that was read to a place: the addresses before it move up, over the header.
-    #[cold]
-    fn put_tag_back(&mut self, number: usize, tag: [u8; VLAN_TAG_BYTES as usize]) {
-        let start = FRAME_AT - VLAN_TAG_BYTES as usize;
-        // SAFETY: the place has room for the addresses and the tag, and nobody else looks at it now.
-        let bytes = unsafe {
-            let length = ADDRESSES_BYTES + VLAN_TAG_BYTES as usize;
-            std::slice::from_raw_parts_mut(self.slab.place(number).add(start), length)
-        };
-        bytes.copy_within(VLAN_TAG_BYTES as usize.., 0);
-        bytes[ADDRESSES_BYTES..].copy_from_slice(&tag);
     }
 
     /// The ranges of a burst, each frame's behind its header's; where each frame's begin.
@@ -496,7 +427,7 @@ impl KernelQueue {
             let (list, length) = (rest.as_mut_ptr(), rest.len() as libc::c_uint);
             // SAFETY: the list, its lists and the headers are ours, and the frames' memory is readable while `transmit` runs.
             let sent = unsafe { libc::sendmmsg(self.file.as_raw_fd(), list, length, libc::MSG_DONTWAIT) };
-            if let Some(sent @ 1..) = usize::try_from(sent).ok() {
+            if let Ok(sent @ 1..) = usize::try_from(sent) {
                 self.results[done..done + sent].fill(0);
                 done += sent;
                 continue;
@@ -547,13 +478,6 @@ impl KernelQueue {
 /// Whether a frame found no room.
 const fn is_full(result: i32) -> bool {
     matches!(-result, libc::EAGAIN | libc::EINTR)
-}
-
-/// A header that speaks of a frame without its VLAN tag, made to speak of the frame with it.
-fn move_behind_tag(raw: &mut RawNetHeader) {
-    for place in [&mut raw.checksum_start, &mut raw.header_bytes] {
-        *place = u16::from_le(*place).saturating_add(VLAN_TAG_BYTES as u16).to_le();
-    }
 }
 
 /// Whether a descriptor takes `RWF_NOWAIT`. It has no frame: the queue has not been attached yet.
@@ -632,6 +556,17 @@ impl NetChannel for KernelQueue {
         self.released = self.frames.len().min(self.released.saturating_add(count));
     }
 
+    /// A backlog is asked about once when all of it has been read, or after so many bursts that never end.
+    #[inline]
+    fn missed(&mut self) -> u64 {
+        let ask = self.full_bursts > 0 && (!self.readable || self.full_bursts >= FULL_BURSTS_MAX);
+        if !ask || self.messages.is_empty() {
+            return 0;
+        }
+        self.full_bursts = 0;
+        packet_socket::missed(&self.file).unwrap_or(0)
+    }
+
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.ring.fd())
     }
@@ -644,7 +579,7 @@ impl NetChannel for KernelQueue {
         if !self.attached {
             return true;
         }
-        if self.readable || self.ring.has_work() {
+        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
             return false;
         }
         if !self.ring.armed() {
@@ -653,6 +588,6 @@ impl NetChannel for KernelQueue {
             }
             self.take();
         }
-        !self.readable && self.polled && self.ring.armed()
+        !self.readable && !self.room_came && self.polled && self.ring.armed()
     }
 }

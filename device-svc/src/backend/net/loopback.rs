@@ -51,7 +51,9 @@ impl NetBackend for LoopbackBackend {
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
-        Ok(Box::new(LoopbackChannel { enabled: false, frames: FrameRing::new(FRAMES, FRAMES_BYTES) }))
+        let frames = FrameRing::new(FRAMES, FRAMES_BYTES)
+            .map_err(|error| BackendError::Unavailable(format!("no memory for frames: {error}")))?;
+        Ok(Box::new(LoopbackChannel { enabled: false, frames }))
     }
 }
 
@@ -76,10 +78,8 @@ impl NetChannel for LoopbackChannel {
             return Sent { taken: frames.len(), lost: frames.len() };
         }
         for (taken, frame) in frames.iter().enumerate() {
-            if !self.frames.push(frame) {
-                return Sent { taken, lost: 0 };
-            }
-            if let Some([destination, source, ..]) = self.frames.newest().map(|frame| frame.as_chunks_mut::<6>().0) {
+            let Some(copy) = self.frames.push(frame) else { return Sent { taken, lost: 0 } };
+            if let [destination, source, ..] = copy.as_chunks_mut::<6>().0 {
                 std::mem::swap(destination, source);
             }
         }

@@ -25,6 +25,7 @@ mod namespace;
 pub mod null;
 pub mod offload;
 mod slab;
+pub mod stations;
 mod packet_socket;
 pub mod switch;
 pub mod tap;
@@ -165,6 +166,14 @@ pub trait NetBackend: Send + Sync {
     /// # Errors
     /// When the network refuses, or is not there.
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError>;
+
+    /// Opens a channel that several reactors use, one at a time.
+    ///
+    /// # Errors
+    /// As above.
+    fn open_shared_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        self.open_channel()
+    }
 }
 
 /// The hot half: frames out, frames in, all on one reactor.

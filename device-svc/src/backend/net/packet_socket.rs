@@ -102,6 +102,17 @@ pub(super) fn clear_error(file: &OwnedFd) {
     let _ = getsockopt(file, SocketError);
 }
 
+/// Frames that the kernel had no memory for since this was last asked.
+pub(super) fn missed(file: &OwnedFd) -> Result<u64, Errno> {
+    let mut counts = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut length = size_of_val(&counts) as libc::socklen_t;
+    let (level, option) = (libc::SOL_PACKET, libc::PACKET_STATISTICS);
+    let to = (&raw mut counts).cast();
+    // SAFETY: the kernel writes as many bytes as said at most.
+    Errno::result(unsafe { libc::getsockopt(file.as_raw_fd(), level, option, to, &raw mut length) })?;
+    Ok(counts.tp_drops.into())
+}
+
 /// Throws away what waits in a socket.
 pub(super) fn drain(file: &OwnedFd) {
     let mut header = [0; HEADER_BYTES as usize];

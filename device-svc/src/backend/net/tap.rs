@@ -25,6 +25,7 @@ use super::namespace::{InterfaceName, Namespace};
 use super::watch::{LOOK_AGAIN, Watch, Watched};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads};
 use crate::backend::BackendError;
+use crate::backend::ring::Users;
 
 /// Queues of one tap: of the kernel's 256, so that others can have some too.
 const QUEUES_MAX: u16 = 128;
@@ -98,6 +99,16 @@ impl NetBackend for TapBackend {
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        self.open(Users::One)
+    }
+
+    fn open_shared_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        self.open(Users::Several)
+    }
+}
+
+impl TapBackend {
+    fn open(&self, users: Users) -> Result<Box<dyn NetChannel>, BackendError> {
         let device = &self.device;
         let mut state = device.state();
         if state.gone_since.is_some() {
@@ -111,7 +122,7 @@ impl NetBackend for TapBackend {
         let namespace = device.namespace();
         let QueueFile { file, .. } = namespace.run(|| device::open_queue(namespace, &device.name))??;
         let port: Arc<dyn Port> = Arc::<Device>::clone(device);
-        let queue = KernelQueue::new(port, file, Kind::Tap)?;
+        let queue = KernelQueue::new(port, file, Kind::Tap, users)?;
         state.slots.push(Arc::downgrade(queue.slot()));
         Ok(Box::new(queue))
     }

@@ -356,6 +356,16 @@ fn tables_beside_each_other() {
         "dray.toml:4:1: uplink \"b\": `backend`: uplink \"a\" has interface \"dray0\" of network namespace \"blue\" already; choose another",
     );
     assert_eq!(parsed(&format!("{}{}", tap("a", ""), tap("b", blue))).uplinks.len(), 2);
+    // Whatever their types are.
+    let by = |kind: &str, name: &str| {
+        format!("[[uplink]]\nname = \"{name}\"\nbackend = {{ type = \"{kind}\", interface = \"dray0\"{blue} }}\n")
+    };
+    for two in [tap("a", blue) + &by("af-packet", "b"), by("af-xdp", "a") + &by("af-packet", "b")] {
+        refused(
+            &two,
+            "dray.toml:4:1: uplink \"b\": `backend`: uplink \"a\" has interface \"dray0\" of network namespace \"blue\" already; choose another",
+        );
+    }
 
     let function = |name: &str, mac: &str| {
         format!(

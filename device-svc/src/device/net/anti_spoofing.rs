@@ -39,14 +39,11 @@ pub struct AntiSpoofing {
 }
 
 impl AntiSpoofing {
-    /// Whether a frame may be sent by the function whose address is `mac`. `frame` has its first [`JUDGED_BYTES`], or all.
+    /// Whether a frame may be sent by the function whose address is `mac`: `None` if not, or else by how many of its first bytes it was
+    /// judged. Those must stay as they are: a checksum that is still to be computed is not to be stored there. `frame` has its first
+    /// [`JUDGED_BYTES`], or all.
     #[must_use]
-    pub(super) fn passes(&self, mac: Octets, frame: &[u8]) -> bool {
-        self.judge(mac, frame).is_some()
-    }
-
-    /// `None` at the first thing that is not so.
-    fn judge(&self, mac: Octets, frame: &[u8]) -> Option<()> {
+    pub(super) fn judge(&self, mac: Octets, frame: &[u8]) -> Option<usize> {
         let (addresses, mut rest) = frame.split_first_chunk::<{ ETHERNET_BYTES as usize - 2 }>()?;
         holds(!self.mac || addresses[6..] == mac)?;
         let mut tags = 0;
@@ -63,22 +60,25 @@ impl AntiSpoofing {
             // VLAN 0 is none: the tag is there for its priority.
             holds(self.vlans.as_ref().is_none_or(|vlans| tags == 1 && (vlan == 0 || vlans.contains(&vlan))))?;
         };
-        let Some(allowed) = &self.addresses else { return Some(()) };
-        match kind {
+        let before = frame.len() - rest.len();
+        let Some(allowed) = &self.addresses else { return Some(before) };
+        let judged = match kind {
             IPV4 => judge_ipv4(allowed, rest),
             ARP => self.judge_arp(allowed, mac, rest),
             IPV6 => judge_ipv6(allowed, mac, rest),
             _ => None,
-        }
+        };
+        Some(before + judged?)
     }
 
-    fn judge_arp(&self, allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<()> {
+    fn judge_arp(&self, allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<usize> {
         let (head, rest) = packet.split_first_chunk::<8>()?;
         let (hardware, rest) = rest.split_first_chunk::<6>()?;
         let sender = Ipv4Addr::from(*rest.first_chunk::<4>()?);
         holds(head[..6] == ARP_HEAD && (!self.mac || *hardware == mac))?;
         // Nobody's address: it asks whether an address is free (RFC 5227, 2.1.1).
-        holds(sender.is_unspecified() || allowed.contains(&IpAddr::V4(sender)))
+        holds(sender.is_unspecified() || allowed.contains(&IpAddr::V4(sender)))?;
+        Some(8 + 6 + 4)
     }
 }
 
@@ -86,7 +86,7 @@ fn holds(condition: bool) -> Option<()> {
     condition.then_some(())
 }
 
-fn judge_ipv4(allowed: &[IpAddr], packet: &[u8]) -> Option<()> {
+fn judge_ipv4(allowed: &[IpAddr], packet: &[u8]) -> Option<usize> {
     let header = packet.first_chunk::<20>()?;
     let source = Ipv4Addr::from(*header[12..].first_chunk::<4>()?);
     let asks_for_address = || {
@@ -94,10 +94,14 @@ fn judge_ipv4(allowed: &[IpAddr], packet: &[u8]) -> Option<()> {
         let whole = header[0] == 0x45 && header[6] & 0x3f == 0 && header[7] == 0;
         whole && header[9] == UDP && packet.get(20..24) == Some(&DHCP_PORTS)
     };
-    holds(allowed.contains(&IpAddr::V4(source)) || source.is_unspecified() && asks_for_address())
+    if allowed.contains(&IpAddr::V4(source)) {
+        return Some(20);
+    }
+    holds(source.is_unspecified() && asks_for_address())?;
+    Some(24)
 }
 
-fn judge_ipv6(allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<()> {
+fn judge_ipv6(allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<usize> {
     let (header, mut rest) = packet.split_first_chunk::<40>()?;
     let own = link_local(mac);
     let may = |address: Ipv6Addr| address == own || allowed.contains(&IpAddr::V6(address));
@@ -110,13 +114,16 @@ fn judge_ipv6(allowed: &[IpAddr], mac: Octets, packet: &[u8]) -> Option<()> {
         next = following;
         rest = rest.get((usize::from(length) + 1) * 8..)?;
     }
+    let before = packet.len() - rest.len();
     if next != ICMPV6 {
-        return Some(());
+        holds(!source.is_unspecified())?;
+        return Some(before);
     }
-    if *rest.first()? == NEIGHBOUR_ADVERTISEMENT {
-        holds(may(Ipv6Addr::from(*rest.get(8..)?.first_chunk::<16>()?)))?;
+    if *rest.first()? != NEIGHBOUR_ADVERTISEMENT {
+        return Some(before + 1);
     }
-    Some(())
+    holds(may(Ipv6Addr::from(*rest.get(8..)?.first_chunk::<16>()?)))?;
+    Some(before + 24)
 }
 
 /// The address that follows from a MAC address (RFC 4291, appendix A), which a host has for its own link whatever it is given.

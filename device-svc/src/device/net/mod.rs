@@ -178,20 +178,43 @@ const fn header_bytes(accepted: u64) -> u32 {
     }
 }
 
-/// Counts a frame that is carried; `start` are its first bytes at least, `bytes` all.
-#[inline]
-fn count(counters: &NetCounters, header: &NetHeader, start: &[u8], bytes: u32) {
-    counters.packets.add(1);
-    counters.bytes.add(u64::from(bytes));
-    if let Some(destination) = start.first_chunk::<6>()
-        && filter::is_group(*destination)
-    {
-        let kind = if *destination == filter::BROADCAST { &counters.broadcasts } else { &counters.multicasts };
-        kind.add(1);
+/// Frames of a burst that are carried, counted apart from what other threads read.
+#[derive(Clone, Copy, Default, Debug)]
+struct Tally {
+    packets: u64,
+    bytes: u64,
+    broadcasts: u64,
+    multicasts: u64,
+    undone_checksums: u64,
+    undone_segmentations: u64,
+}
+
+impl Tally {
+    /// Counts a frame that is carried.
+    #[inline]
+    fn frame(&mut self, header: &NetHeader, destination: Octets, bytes: u32) {
+        self.packets += 1;
+        self.bytes += u64::from(bytes);
+        if filter::is_group(destination) {
+            let is_broadcast = destination == filter::BROADCAST;
+            self.broadcasts += u64::from(is_broadcast);
+            self.multicasts += u64::from(!is_broadcast);
+        }
+        if *header != NetHeader::DONE {
+            self.undone_checksums += u64::from(matches!(header.checksum, Checksum::Needed { .. }));
+            self.undone_segmentations += u64::from(header.segmentation.is_some());
+        }
     }
-    if *header != NetHeader::DONE {
-        counters.undone_checksums.add(u64::from(matches!(header.checksum, Checksum::Needed { .. })));
-        counters.undone_segmentations.add(u64::from(header.segmentation.is_some()));
+
+    /// The burst is over.
+    #[inline]
+    fn add_to(self, counters: &NetCounters) {
+        counters.packets.add(self.packets);
+        counters.bytes.add(self.bytes);
+        counters.broadcasts.add(self.broadcasts);
+        counters.multicasts.add(self.multicasts);
+        counters.undone_checksums.add(self.undone_checksums);
+        counters.undone_segmentations.add(self.undone_segmentations);
     }
 }
 
@@ -353,6 +376,12 @@ impl NetShared {
     /// The driver has announced itself.
     fn announced(&self) {
         self.announce.store(false, Ordering::Release);
+    }
+
+    /// Whether any limit limits anything now.
+    #[inline]
+    pub(super) fn is_limited(&self) -> bool {
+        self.settings.limits.iter().any(|limit| limit.is_limited())
     }
 
     /// A frame passes all limits, and pays for it, or is told when to ask again.

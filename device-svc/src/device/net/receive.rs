@@ -5,16 +5,15 @@
 //!           │ buffers       │ used entries  │ free
 //!           │ that wait     │ staged        │
 //! ```
+#![expect(unsafe_code, reason = "promises that frames stay until their bytes are copied")]
 
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
-use zerocopy::IntoBytes;
 
 use super::hashing::FrameHash;
 use super::staging::Staging;
-use super::{Chosen, HASH_HEADER_BYTES, NetShared, ROWS_MAX, count, header_bytes, receive_offloads};
-use crate::address::Iova;
+use super::{Chosen, HASH_HEADER_BYTES, NetShared, ROWS_MAX, Tally, header_bytes, receive_offloads};
 use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{Checksum, ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
 use crate::clock::Moment;
@@ -29,6 +28,9 @@ use crate::virtqueue::Segment;
 
 /// Buffers that are fetched ahead: a turn's frames need no more, unless they are long.
 const BUFFERS_AHEAD: u16 = 64;
+/// Bytes of a buffer whose cache lines are asked for ahead: the header and the shortest frame. What follows in a longer one is written
+/// in whole lines, several at once.
+const BYTES_AHEAD: u32 = HEADER_BYTES + 64;
 
 /// A chain of buffers.
 #[derive(Clone, Debug, Default)]
@@ -154,7 +156,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
             row.more.clear();
             row.more.extend_from_slice(&chain.segments[1..]);
             // A frame comes soon, and its first bytes go here.
-            engine.expect_write(row.first.address);
+            engine.expect_write(row.first.address, BYTES_AHEAD.min(row.first.length));
             *popped = popped.wrapping_add(1);
         });
         queue.mirror.engine().submit();
@@ -168,6 +170,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
     }
 
     /// Whether a frame may pass the limits; if not, until when it waits.
+    #[cold]
     fn pass_limits(&mut self, now: Moment, bytes: u32) -> bool {
         match self.shared.pass_limits(now, Way::Read, bytes) {
             Ok(()) => true,
@@ -179,9 +182,9 @@ impl<E: DmaEngine> ReceiveLane<E> {
         }
     }
 
-    /// Why a frame is not brought, if it is not.
+    /// Why a frame is not brought, if it is not; whole ones have `most` bytes.
     #[inline]
-    fn refuses(&self, frame: &Incoming) -> Option<DropReason> {
+    fn refuses(&self, frame: &Incoming, most: u32) -> Option<DropReason> {
         if !self.open {
             return Some(DropReason::LinkDown);
         }
@@ -191,14 +194,15 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if !self.undone.cover(&frame.header) {
             return Some(DropReason::Offload);
         }
-        let is_whole = frame.header.segmentation.is_none();
-        let too_long = frame.length() > u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
-        (is_whole && too_long).then_some(DropReason::TooLong)
+        (frame.header.segmentation.is_none() && frame.length() > most).then_some(DropReason::TooLong)
     }
 
     /// Chains that a frame needs of those that wait: none if they do not suffice.
     #[inline]
     fn chains_for(&self, bytes: u32) -> Option<u16> {
+        if self.waiting() > 0 && self.row(self.filled).writable >= bytes {
+            return Some(1);
+        }
         let mut room = 0;
         let most = if self.merges { self.waiting() } else { self.waiting().min(1) };
         for count in 0..most {
@@ -215,7 +219,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if self.merges { usize::from(self.in_use()) == self.rows.len() } else { self.waiting() > 0 }
     }
 
-    /// Puts a frame into `chains` chains.
+    /// Puts a frame into `chains` chains; it is there once the staging has been flushed.
     #[inline]
     fn fill(&mut self, frame: &Incoming, chains: u16) -> Result<(), QueueFault> {
         let mut undone = frame.header;
@@ -223,35 +227,43 @@ impl<E: DmaEngine> ReceiveLane<E> {
             // To a driver that has not negotiated checksums the flag that says they are right means nothing.
             undone.checksum = Checksum::Unknown;
         }
-        let raw = undone.to_raw(chains);
+        let raw = undone.to_raw(chains).to_bytes();
         let mut whole = [0; HASH_HEADER_BYTES as usize];
-        whole[..HEADER_BYTES as usize].copy_from_slice(raw.as_bytes());
-        if self.header_bytes == HASH_HEADER_BYTES
-            && let Some(hashing) = &self.chosen.hashing
-        {
-            let FrameHash { value, report } = hashing.of(frame.bytes());
-            whole[12..16].copy_from_slice(&value.to_le_bytes());
-            whole[16..18].copy_from_slice(&report.to_le_bytes());
+        let mut header = &raw[..];
+        if self.header_bytes == HASH_HEADER_BYTES {
+            whole[..raw.len()].copy_from_slice(&raw);
+            if let Some(hashing) = &self.chosen.hashing {
+                let FrameHash { value, report } = hashing.of(frame.bytes());
+                whole[12..16].copy_from_slice(&value.to_le_bytes());
+                whole[16..18].copy_from_slice(&report.to_le_bytes());
+            }
+            header = &whole;
         }
-        let mut header = &whole[..self.header_bytes as usize];
+        header = &header[..self.header_bytes as usize];
         let mut bytes = frame.bytes();
         let Self { queue, staging, rows, filled, .. } = self;
         let mask = rows.len() - 1;
+        let row = &rows[usize::from(*filled) & mask];
+        let all = header.len() + bytes.len();
+        // Nearly all frames fit one buffer.
+        if chains == 1 && row.first.length as usize >= all {
+            // SAFETY: the caller flushes before it returns the frames.
+            unsafe { staging.put(queue.mirror.engine(), [header, bytes], row.first.address)? };
+            queue.mirror.stage_used(row.id, row.slots, all as u32);
+            *filled = filled.wrapping_add(1);
+            return Ok(());
+        }
         for _ in 0..chains {
             let row = &rows[usize::from(*filled) & mask];
             let mut written = 0;
             for segment in std::iter::once(&row.first).chain(&row.more) {
-                let (mut at, mut left) = (segment.address, segment.length as usize);
-                for part in [&mut header, &mut bytes] {
-                    let count = part.len().min(left);
-                    if count > 0 {
-                        staging.put(queue.mirror.engine(), &part[..count], at)?;
-                        *part = &part[count..];
-                        at = Iova(at.0.wrapping_add(count as u64));
-                        left -= count;
-                        written += count as u32;
-                    }
-                }
+                let room = segment.length as usize;
+                let (first, header_left) = header.split_at(header.len().min(room));
+                let (second, bytes_left) = bytes.split_at(bytes.len().min(room - first.len()));
+                // SAFETY: as above.
+                unsafe { staging.put(queue.mirror.engine(), [first, second], segment.address)? };
+                written += (first.len() + second.len()) as u32;
+                (header, bytes) = (header_left, bytes_left);
                 if bytes.is_empty() {
                     break;
                 }
@@ -262,9 +274,21 @@ impl<E: DmaEngine> ReceiveLane<E> {
         Ok(())
     }
 
+    #[inline]
     fn take(&mut self, now: Moment, frames: &[Incoming]) -> Result<usize, QueueFault> {
+        let mut tally = Tally::default();
+        let taken = self.take_frames(now, frames, &mut tally);
+        self.staging.flush(self.queue.mirror.engine());
+        tally.add_to(&self.queue.counters.net);
+        taken
+    }
+
+    #[inline]
+    fn take_frames(&mut self, now: Moment, frames: &[Incoming], tally: &mut Tally) -> Result<usize, QueueFault> {
+        let is_limited = self.shared.is_limited();
+        let most = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
         for (number, frame) in frames.iter().enumerate() {
-            if let Some(reason) = self.refuses(frame) {
+            if let Some(reason) = self.refuses(frame, most) {
                 self.queue.counters.net.drop_for(reason);
                 continue;
             }
@@ -276,11 +300,14 @@ impl<E: DmaEngine> ReceiveLane<E> {
                 }
                 return Ok(number);
             };
-            if !self.staging.has_room(self.queue.mirror.engine(), needed)? || !self.pass_limits(now, frame.length()) {
+            if !self.staging.has_room(self.queue.mirror.engine(), needed)?
+                || (is_limited && !self.pass_limits(now, frame.length()))
+            {
                 return Ok(number);
             }
             self.fill(frame, chains)?;
-            count(&self.queue.counters.net, &frame.header, frame.bytes(), frame.length());
+            // The filter brings nothing shorter than a destination.
+            tally.frame(&frame.header, frame.bytes().first_chunk().copied().unwrap_or_default(), frame.length());
         }
         Ok(frames.len())
     }

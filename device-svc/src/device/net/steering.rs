@@ -107,8 +107,8 @@ impl NetChannel for SteeringChannel {
 
     #[inline]
     fn receive(&mut self, most: usize) -> &[Incoming] {
-        // What is in the inbox came first.
-        self.from_inbox = !self.outbox.is_empty();
+        // What is in the inbox came first, and so did what is being put there.
+        self.from_inbox = !self.outbox.is_drained();
         if self.from_inbox {
             return self.outbox.frames(most);
         }
@@ -128,6 +128,7 @@ impl NetChannel for SteeringChannel {
 
     #[inline]
     fn carry(&mut self) -> bool {
+        self.outbox.awake();
         self.follow();
         let mut did = self.inner.carry();
         let Self { inner, hashing, pair, inboxes, is_held_up, .. } = self;
@@ -173,11 +174,12 @@ impl NetChannel for SteeringChannel {
     }
 
     fn arm(&mut self) -> bool {
-        self.outbox.arm()
+        (self.hashing.is_some() || self.inner.arm()) && self.outbox.arm()
     }
 
+    /// Where frames are for other pairs as well, they are carried whether or not this one takes its own.
     fn arm_carrying(&mut self) -> bool {
-        self.inner.arm_carrying() && self.inner.arm()
+        self.inner.arm_carrying() && (self.hashing.is_none() || self.inner.arm())
     }
 }
 

@@ -15,11 +15,13 @@ use std::sync::Arc;
 
 use super::anti_spoofing::JUDGED_BYTES;
 use super::filter::{BROADCAST, Octets};
-use super::{NetShared, ROWS_MAX, count, header_bytes, transmit_offloads};
+use super::{HASH_HEADER_BYTES, NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
+use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{
-    BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, VLAN_TAG_BYTES,
+    BURST, Checksum, ETHERNET_BYTES, FRAME_BYTES_MAX, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader,
+    VLAN_TAG_BYTES,
 };
 use crate::clock::Moment;
 use crate::device::limit::Way;
@@ -29,12 +31,14 @@ use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
 use crate::dma::{CardMemory, Direction, DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::{DropReason, QueueCounters};
-use crate::mirror::CardLayout;
+use crate::mirror::{CardLayout, FETCH_MAX};
 use crate::virtqueue::{Chain, Segment};
 
+/// Rows at most where copies land at once: two turns' frames, whose memory stays in the nearest cache.
+const ROWS_AT_ONCE: u16 = 2 * FETCH_MAX;
 /// Card memory of one row: the virtio header, and the first bytes of the frame.
 const ROW_BYTES: u32 = 256;
-const _: () = assert!(JUDGED_BYTES as u32 + super::HEADER_BYTES <= ROW_BYTES);
+const _: () = assert!(JUDGED_BYTES as u32 + HASH_HEADER_BYTES <= ROW_BYTES);
 /// Card pages for frames that are copied as a whole: sixteen of the longest.
 const COPY_PAGES: u32 = 272;
 
@@ -96,7 +100,8 @@ impl<E: DmaEngine> TransmitLane<E> {
         engine: impl FnOnce(CardMemory) -> E,
     ) -> std::io::Result<Self> {
         let accepted = start.features;
-        let rows = start.size.min(ROWS_MAX).next_power_of_two();
+        let rows_max = if E::LATE { ROWS_MAX } else { ROWS_AT_ONCE };
+        let rows = start.size.min(rows_max).next_power_of_two();
         let mut layout = CardLayout::default();
         let row_memory = layout.take(u32::from(rows) * ROW_BYTES);
         let copies = !E::LENDS || shared.settings.copy_payload;
@@ -234,6 +239,8 @@ impl<E: DmaEngine> TransmitLane<E> {
     fn send(&mut self, now: Moment, channel: &mut dyn NetChannel) -> Result<(), QueueFault> {
         let landed = self.queue.mirror.engine().landed()?;
         let link_up = self.shared.is_link_up();
+        let whole_bytes_max = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
+        let is_limited = self.shared.is_limited();
         self.vectors.clear();
         self.frames.clear();
         // Where a list of ranges grows it moves, so frames get theirs when all are in it.
@@ -243,9 +250,9 @@ impl<E: DmaEngine> TransmitLane<E> {
             if self.rows[self.slot(number)].ticket > landed {
                 break;
             }
-            match self.frame(number, link_up) {
+            match self.frame(number, link_up, whole_bytes_max) {
                 Ok((header, bytes)) => {
-                    if let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
+                    if is_limited && let Err(later) = self.shared.pass_limits(now, Way::Write, bytes) {
                         self.throttled_until = Some(later);
                         self.queue.counters.throttled.add(1);
                         break;
@@ -278,25 +285,27 @@ impl<E: DmaEngine> TransmitLane<E> {
         }
         let sent = channel.transmit(&self.frames);
         self.full = sent.taken < self.frames.len();
-        let counters = &self.queue.counters.net;
+        let mut tally = Tally::default();
         if sent.lost > 0 {
-            counters.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
+            self.queue.counters.net.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
         }
+        let first = self.sent;
         for index in 0..self.frames.len() {
-            let number = self.sent;
-            let frame = self.frames[index];
+            let number = first.wrapping_add(index as u16);
             self.give_back(number);
             if index >= sent.taken {
-                break;
+                continue;
             }
             if index + sent.lost < sent.taken {
                 let start = self.place(number).add(self.header_bytes);
-                let destination = self.queue.mirror.engine_ref().card().get::<[u8; 6]>(start);
-                count(&self.queue.counters.net, &frame.header, &destination, frame.bytes);
+                let destination = self.queue.mirror.engine_ref().card().get::<Octets>(start);
+                let frame = &self.frames[index];
+                tally.frame(&frame.header, destination, frame.bytes);
             }
             self.end(number);
             self.sent = number.wrapping_add(1);
         }
+        tally.add_to(&self.queue.counters.net);
         Ok(())
     }
 
@@ -311,9 +320,10 @@ impl<E: DmaEngine> TransmitLane<E> {
         channel.transmit(&[Outgoing { header: NetHeader::DONE, segments, bytes: frame.len() as u32 }]);
     }
 
-    /// What a row's frame asks for, and how long it is; or why it is not sent.
+    /// What a row's frame asks for, and how long it is; or why it is not sent. One that is not to be cut has at most
+    /// `whole_bytes_max` bytes.
     #[inline]
-    fn frame(&self, number: u16, link_up: bool) -> Result<(NetHeader, u32), DropReason> {
+    fn frame(&self, number: u16, link_up: bool, whole_bytes_max: u32) -> Result<(NetHeader, u32), DropReason> {
         let row = &self.rows[self.slot(number)];
         let bytes = row.bytes - self.header_bytes;
         if !link_up {
@@ -322,21 +332,22 @@ impl<E: DmaEngine> TransmitLane<E> {
         if bytes < ETHERNET_BYTES {
             return Err(DropReason::BadHeader);
         }
+        let mut judged = 0;
         if let Some(rules) = &self.shared.settings.anti_spoofing {
             let start = self.place(number).add(self.header_bytes);
             let first = self.queue.mirror.engine_ref().card().get::<[u8; JUDGED_BYTES]>(start);
-            if !rules.passes(self.shared.mac(), &first[..JUDGED_BYTES.min(bytes as usize)]) {
-                return Err(DropReason::Spoofed);
-            }
+            let first = &first[..JUDGED_BYTES.min(bytes as usize)];
+            judged = rules.judge(self.shared.mac(), first).ok_or(DropReason::Spoofed)?;
         }
         // A header that is shorter has its last field left out, and that one means nothing here.
         let raw = self.queue.mirror.engine_ref().card().get::<RawNetHeader>(self.place(number));
         let header = NetHeader::parse(&raw, bytes, self.allowed).map_err(|_| DropReason::BadHeader)?;
-        let most = if header.segmentation.is_some() {
-            FRAME_BYTES_MAX
-        } else {
-            u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES
-        };
+        if let Checksum::Needed { start, offset } = header.checksum
+            && usize::from(start) + usize::from(offset) < judged
+        {
+            return Err(DropReason::Spoofed);
+        }
+        let most = if header.segmentation.is_some() { FRAME_BYTES_MAX } else { whole_bytes_max };
         if bytes > most { Err(DropReason::TooLong) } else { Ok((header, bytes)) }
     }
 
@@ -377,7 +388,9 @@ impl<E: DmaEngine> TransmitLane<E> {
         let slot = self.slot(number);
         let Self { queue, rows, pages, .. } = self;
         let row = &mut rows[slot];
-        if let (Some(run), Some(pages)) = (row.pages.take(), pages) {
+        if let Some(pages) = pages
+            && let Some(run) = row.pages.take()
+        {
             pages.give_back(run);
         }
         queue.mirror.stage_used(row.id, row.slots, 0);
@@ -409,6 +422,11 @@ fn take_chain<E: DmaEngine>(
     row.bytes = chain.readable_bytes;
     row.rest.clear();
     let mut filled = 0;
+    if let Some(Segment { address, length }) = chain.segments.first() {
+        // Only read: but the driver has just written the header, writes the next one there before it reads it, and where the buffer
+        // is one of ours to fill by then its line is here already.
+        engine.expect_write(*address, HEADER_BYTES.min(*length));
+    }
     for segment in chain.segments {
         let here = segment.length.min(ROW_BYTES - filled);
         if here > 0 {

@@ -233,6 +233,7 @@ fn an_interface_that_is_taken_down_or_deleted_comes_back() {
         }
         bed.ip(&["link", "set", interface, "up"]);
         until(|| carrier.is_up());
+        bed.settle();
         assert_eq!(transmit(&mut *channel, &plain(10..18, 60)), all_sent(8));
         let mut seen = Vec::new();
         until(|| {
@@ -382,6 +383,50 @@ fn frames_that_find_no_room_are_given_again() {
         seen.len() >= total
     });
     assert_eq!(seen, (0..total).collect::<Vec<_>>());
+}
+
+/// That there is room again may be noted while frames are looked for: then whoever was refused has a turn before the reactor sleeps.
+#[test]
+fn room_that_comes_meanwhile_is_not_missed() {
+    let Some(bed) = Bed::new() else { return };
+    let (uplink, _packets) = bed.packet();
+    if !bed.tc("qdisc add dev wire0 root tbf rate 100mbit burst 20kb limit 64mb") {
+        eprintln!("skipped: no tc with tbf here");
+        return;
+    }
+    let mut channel = uplink.open_channel().unwrap();
+    channel.enable(true);
+    let sleeper = Sleeper::new(&*channel);
+    let refused = (0..1000).any(|_| transmit(&mut *channel, &plain(0..BURST, 1000)).taken < BURST);
+    assert!(refused, "there was always room");
+    assert!(sleeper.is_woken(30_000), "nobody told of room");
+    assert!(channel.receive(BURST).is_empty());
+    assert!(!channel.arm(), "the refused has not been given again");
+    until(|| channel.arm());
+}
+
+#[test]
+fn what_the_kernel_has_no_memory_for_is_counted() {
+    let Some(bed) = Bed::new() else { return };
+    let (uplink, packets) = bed.packet();
+    let mut channel = uplink.open_channel().unwrap();
+    channel.enable(true);
+    assert_eq!(channel.missed(), 0);
+    let total = 20_000;
+    for number in 0..total {
+        give(&packets, &frame(number, 1500));
+    }
+    let (mut come, mut missed) = (Vec::new(), 0);
+    until(|| {
+        let frames = channel.receive(BURST);
+        come.extend(frames.iter().map(|frame| number(frame.bytes())));
+        let count = frames.len();
+        channel.release(count);
+        missed += channel.missed() as usize;
+        count == 0 && missed > 0
+    });
+    assert!(come.is_sorted() && come.len() > BURST && come.len() + missed <= total, "{} and {missed}", come.len());
+    assert_eq!(channel.missed(), 0);
 }
 
 #[test]

@@ -245,6 +245,11 @@ impl NetChannel for XdpChannel {
         self.released = end;
     }
 
+    #[inline]
+    fn missed(&mut self) -> u64 {
+        self.socket.missed()
+    }
+
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.epoll.0.as_raw_fd())
     }

@@ -31,7 +31,7 @@ impl Mapping {
         Ok(Self { start, bytes })
     }
 
-    fn of(file: &OwnedFd, at: i64, bytes: usize) -> Result<Self, Errno> {
+    fn of(file: &OwnedFd, at: libc::off_t, bytes: usize) -> Result<Self, Errno> {
         let length = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
@@ -81,7 +81,12 @@ unsafe impl<T: Send> Send for Ring<T> {}
 
 impl<T: Copy> Ring<T> {
     /// Maps a ring of `size` entries, a power of two, of a socket.
-    pub(super) fn map(file: &OwnedFd, page: i64, offsets: libc::xdp_ring_offset, size: u32) -> Result<Self, Errno> {
+    pub(super) fn map(
+        file: &OwnedFd,
+        page: libc::off_t,
+        offsets: libc::xdp_ring_offset,
+        size: u32,
+    ) -> Result<Self, Errno> {
         let count = size as usize;
         let entries_bytes = count.checked_mul(size_of::<T>()).ok_or(Errno::EINVAL)?;
         let bytes = usize::try_from(offsets.desc).ok().and_then(|at| at.checked_add(entries_bytes));

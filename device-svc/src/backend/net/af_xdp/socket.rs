@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 
-use super::super::{ETHERNET_BYTES, Outgoing, VLAN_TAG_BYTES};
+use super::super::{BURST, ETHERNET_BYTES, Outgoing, VLAN_TAG_BYTES};
 use super::program::Mode;
 use super::ring::{Mapping, Ring};
 
@@ -25,6 +25,8 @@ const TRANSMIT_CHUNKS: u32 = 1024;
 /// Before each frame that is received the kernel keeps this much of its chunk for programs (`XDP_PACKET_HEADROOM`).
 const HEADROOM_BYTES: u32 = 256;
 const CHUNK_BYTES_MIN: u32 = 2048;
+/// Bursts of a backlog until the kernel is asked in the middle of it.
+const FULL_BURSTS_MAX: u32 = 4096;
 /// The kernel takes no chunk of more than a page.
 const CHUNK_BYTES_MAX: u32 = 4096;
 /// What a frame has beside its IP packet.
@@ -57,6 +59,9 @@ pub(super) struct XdpSocket {
     chunk_bytes: u32,
     file: OwnedFd,
     copies: bool,
+    /// Bursts that came in full since the kernel was asked what it had no chunk for, and its answer then.
+    full_bursts: u32,
+    missed: u64,
 }
 
 impl XdpSocket {
@@ -80,10 +85,11 @@ impl XdpSocket {
             set(&file, option, &size)?;
         }
         let offsets = offsets(&file)?;
-        let mut fill = Ring::map(&file, libc::XDP_UMEM_PGOFF_FILL_RING as i64, offsets.fr, RECEIVE_CHUNKS)?;
-        let completion = Ring::map(&file, libc::XDP_UMEM_PGOFF_COMPLETION_RING as i64, offsets.cr, TRANSMIT_CHUNKS)?;
-        let receive = Ring::map(&file, libc::XDP_PGOFF_RX_RING as i64, offsets.rx, RECEIVE_CHUNKS)?;
-        let transmit = Ring::map(&file, libc::XDP_PGOFF_TX_RING as i64, offsets.tx, TRANSMIT_CHUNKS)?;
+        let mut fill = Ring::map(&file, libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t, offsets.fr, RECEIVE_CHUNKS)?;
+        let completion =
+            Ring::map(&file, libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t, offsets.cr, TRANSMIT_CHUNKS)?;
+        let receive = Ring::map(&file, libc::XDP_PGOFF_RX_RING, offsets.rx, RECEIVE_CHUNKS)?;
+        let transmit = Ring::map(&file, libc::XDP_PGOFF_TX_RING, offsets.tx, TRANSMIT_CHUNKS)?;
         let address = |chunk: u32| u64::from(chunk) * u64::from(chunk_bytes);
         for chunk in 0..RECEIVE_CHUNKS {
             fill.push(address(chunk));
@@ -92,7 +98,8 @@ impl XdpSocket {
         let free = (RECEIVE_CHUNKS..chunks).map(address).collect();
         bind(&file, index, queue, mode)?;
         let copies = copies(&file)?;
-        Ok(Self { fill, receive, transmit, completion, free, memory, chunk_bytes, file, copies })
+        let (full_bursts, missed) = (0, 0);
+        Ok(Self { fill, receive, transmit, completion, free, memory, chunk_bytes, file, copies, full_bursts, missed })
     }
 
     pub(super) const fn file(&self) -> &OwnedFd {
@@ -128,6 +135,20 @@ impl XdpSocket {
             }
         }
         self.receive.finish();
+        self.full_bursts += u32::from(count == BURST);
+    }
+
+    /// Frames that the kernel had no chunk for, since this was last asked. A backlog is asked about once when all of it has come, or after
+    /// so many bursts that never end.
+    #[inline]
+    pub(super) fn missed(&mut self) -> u64 {
+        if self.full_bursts == 0 || self.is_readable() && self.full_bursts < FULL_BURSTS_MAX {
+            return 0;
+        }
+        self.full_bursts = 0;
+        let before = self.missed;
+        self.missed = missed(&self.file).unwrap_or(before);
+        self.missed.saturating_sub(before)
     }
 
     /// The chunks of these frames are the kernel's again.
@@ -219,6 +240,13 @@ impl XdpSocket {
             let _ = send(self.file.as_raw_fd(), &[], MsgFlags::MSG_DONTWAIT);
         }
     }
+}
+
+fn missed(file: &OwnedFd) -> Result<u64, Errno> {
+    // SAFETY: it is plain data.
+    let counts: libc::xdp_statistics = get(file, libc::XDP_STATISTICS, unsafe { std::mem::zeroed() })?;
+    // Without a chunk; without a place in the ring.
+    Ok(counts.rx_dropped + counts.rx_ring_full)
 }
 
 fn raw_socket() -> Result<OwnedFd, Errno> {

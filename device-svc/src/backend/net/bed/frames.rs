@@ -1,4 +1,5 @@
 //! Frames for tests of networks of the kernel's, and who gives and takes them.
+#![expect(unsafe_code, reason = "describes frames by their addresses")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 

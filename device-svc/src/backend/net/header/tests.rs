@@ -38,6 +38,11 @@ fn a_checksum_must_lie_in_the_frame() {
     assert_eq!(NetHeader::parse(&raw(34, 16), 51, Offloads::ALL), Err(BadHeader::ChecksumOutside));
     assert_eq!(NetHeader::parse(&raw(u16::MAX, u16::MAX), 65553, Offloads::ALL), Err(BadHeader::ChecksumOutside));
     assert_eq!(NetHeader::parse(&raw(34, 16), 52, Offloads::NONE), Err(BadHeader::NotNegotiated));
+    // Over the headers of Ethernet and IP nothing is written.
+    for (start, offset) in [(33, 17), (14, 16), (12, 2), (0, 6)] {
+        let refused = NetHeader::parse(&raw(start, offset), 60, Offloads::ALL);
+        assert_eq!(refused, Err(BadHeader::ChecksumOutside), "{start}, {offset}");
+    }
 }
 
 #[test]
@@ -45,6 +50,7 @@ fn a_frame_is_cut_only_as_it_can_be() {
     let good = NetHeader::parse(&cut(TCP4, 1448), 3000, Offloads::ALL).unwrap();
     assert_eq!(good.segmentation.unwrap().bytes, 1448);
     assert_eq!(good.to_raw(0), cut(TCP4, 1448));
+    assert_eq!(good.to_raw(0x1234).to_bytes(), IntoBytes::as_bytes(&good.to_raw(0x1234)));
     let with_ecn = NetHeader::parse(&cut(TCP4 | ECN, 1448), 3000, Offloads::ALL).unwrap();
     assert_eq!(with_ecn.to_raw(3), RawNetHeader { buffers: 3, ..cut(TCP4 | ECN, 1448) });
     assert_eq!(NetHeader::parse(&cut(TCP4, 0), 3000, Offloads::ALL), Err(BadHeader::BadSegmentation));

@@ -51,6 +51,10 @@ impl NetBackend for SoftwareOffload {
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
         Ok(Box::new(SoftwareOffloadChannel::new(self.inner.open_channel()?, self.inner.info())))
     }
+
+    fn open_shared_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        Ok(Box::new(SoftwareOffloadChannel::new(self.inner.open_shared_channel()?, self.inner.info())))
+    }
 }
 
 /// A channel around which the card does what the channel does not.

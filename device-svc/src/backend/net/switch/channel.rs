@@ -1,13 +1,12 @@
 //! One channel of a switch's port: what its VM sends goes where it belongs, what is for it waits in its inbox.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 
 use super::frame::{Frame, Tag, range_of};
-use super::stations::PortNumber;
-use super::uplink::{Burst, UplinkSide};
-use super::{Plug, Port, Ports, Shared, UPLINK};
+use super::uplink::{Burst, Held, UplinkSide};
+use super::{Plug, Port, PortNumber, Ports, Shared, UPLINK};
 use crate::backend::BackendError;
 use crate::backend::net::flow::Flow;
 use crate::backend::net::inbox::{Inbox, Outbox, Wakers};
@@ -40,6 +39,8 @@ pub(super) struct SwitchChannel {
     view: View,
     burst: Burst,
     enabled: bool,
+    /// A frame for the uplink was not taken: whoever makes room there rings the bell.
+    waits: bool,
     /// The bell, and what wakes the uplink.
     wakers: Wakers,
 }
@@ -50,7 +51,7 @@ impl SwitchChannel {
         let wakers = Wakers::new(&outbox, plug.shared.uplink.as_ref().and_then(UplinkSide::wake_fd))?;
         plug.add(&inbox);
         let view = View { ports: Arc::default(), epoch: None, ringing: None };
-        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, wakers })
+        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, waits: false, wakers })
     }
 }
 
@@ -60,6 +61,8 @@ fn vlan_of(frame: &Frame<'_>, port: Option<u16>) -> Option<(u16, Option<u16>)> {
     let tag = frame.tag();
     match (port, tag) {
         (None, tag) => Some((tag.unwrap_or(0), tag)),
+        // Where its own is taken off, a tag of another would be left.
+        (Some(_), _) if frame.has_hidden_tag() => None,
         (Some(own), None | Some(0)) => Some((own, tag)),
         (Some(own), Some(named)) => (own == named).then_some((own, tag)),
     }
@@ -93,6 +96,9 @@ impl View {
     fn put(&mut self, number: usize, frame: &Frame<'_>, vlan: u16, tag: Option<u16>) {
         let Some(Some(port)) = self.ports.get(number) else { return };
         let (Some(tag), Some(inbox)) = (tag_for(port.vlan, vlan, tag), inbox_of(port, frame)) else { return };
+        if port.vlan.is_some() && frame.has_hidden_tag() {
+            return;
+        }
         let Some((header, bytes)) = frame.changed(tag) else {
             inbox.miss();
             return;
@@ -109,7 +115,7 @@ impl View {
     /// Puts a frame in for all ports but the one that it came by.
     fn put_all(&mut self, from: PortNumber, frame: &Frame<'_>, vlan: u16, tag: Option<u16>) {
         for number in 1..self.ports.len() {
-            if number != usize::from(from) {
+            if number != from.index() {
                 self.put(number, frame, vlan, tag);
             }
         }
@@ -148,7 +154,7 @@ fn distribute(view: &mut View, shared: &Shared, frame: &Incoming, second: u32) {
     match known(shared, &frame, vlan, second) {
         // It came from where it is.
         Some(UPLINK) => {}
-        Some(port) => view.put(port.into(), &frame, vlan, tag),
+        Some(port) => view.put(port.index(), &frame, vlan, tag),
         None => view.put_all(UPLINK, &frame, vlan, tag),
     }
 }
@@ -157,7 +163,7 @@ fn distribute(view: &mut View, shared: &Shared, frame: &Incoming, second: u32) {
 fn learn(shared: &Shared, frame: &Frame<'_>, vlan: u16, port: PortNumber, second: u32) {
     let source = frame.source();
     if source[0] & 1 == 0 {
-        shared.stations.learn(source, vlan, port, second);
+        shared.stations.hear(source, vlan, port, second);
     }
 }
 
@@ -165,7 +171,7 @@ fn learn(shared: &Shared, frame: &Frame<'_>, vlan: u16, port: PortNumber, second
 #[inline]
 fn known(shared: &Shared, frame: &Frame<'_>, vlan: u16, second: u32) -> Option<PortNumber> {
     let destination = frame.destination();
-    if destination[0] & 1 != 0 { None } else { shared.stations.port_of(destination, vlan, second) }
+    if destination[0] & 1 != 0 { None } else { shared.stations.find(destination, vlan, second) }
 }
 
 fn second() -> u32 {
@@ -191,18 +197,25 @@ fn forward(plug: &Plug, view: &mut View, burst: &mut Burst, frame: &Outgoing, se
         Some(UPLINK) => {}
         Some(port) => {
             if port != plug.number {
-                view.put(port.into(), &frame, vlan, tag);
+                view.put(port.index(), &frame, vlan, tag);
             }
             return Became::Sent;
         }
         None => view.put_all(plug.number, &frame, vlan, tag),
     }
     let (Some(uplink), Some(tag)) = (&shared.uplink, tag_for(None, vlan, tag)) else { return Became::Sent };
-    if full {
-        uplink.keep(&frame, tag);
-        return Became::Sent;
+    let goes = if full { uplink.keep(&frame, tag) } else { burst.push(&frame, tag) };
+    if goes { Became::Sent } else { Became::Lost }
+}
+
+/// Lets others have the uplink, and wakes those who found it full if it has room again.
+#[inline]
+fn give_back(shared: &Shared, mut held: MutexGuard<'_, Held>) {
+    let room_came = held.take_room_came();
+    drop(held);
+    if room_came {
+        shared.wake_all();
     }
-    if burst.push(&frame, tag) { Became::Sent } else { Became::Lost }
 }
 
 impl SwitchChannel {
@@ -210,15 +223,16 @@ impl SwitchChannel {
     fn flush(&mut self) -> usize {
         let count = self.burst.len();
         let Some(uplink) = self.plug.shared.uplink.as_ref().filter(|_| count > 0) else { return 0 };
-        let mut sent = 0;
-        if let Some(mut held) = uplink.take()
-            && held.send_waiting()
-        {
-            sent = held.send(self.burst.frames(0));
+        let mut sent = Sent::default();
+        if let Some(mut held) = uplink.take() {
+            if held.send_waiting() {
+                sent = held.send(self.burst.frames(0));
+            }
+            give_back(&self.plug.shared, held);
         }
         // Somebody else has it, or it has no room: what is left waits, as far as there is room for that.
-        let mut lost = 0;
-        for frame in self.burst.frames(sent) {
+        let Sent { taken, mut lost } = sent;
+        for frame in self.burst.frames(taken) {
             lost += usize::from(!uplink.keep(&Frame::sent(frame), Tag::Keep));
         }
         lost
@@ -248,7 +262,11 @@ impl NetChannel for SwitchChannel {
         view.follow(shared);
         burst.clear();
         // If somebody else has it, there is room as far as anybody knows.
-        let full = shared.uplink.as_ref().and_then(UplinkSide::take).is_some_and(|mut held| !held.send_waiting());
+        let full = shared.uplink.as_ref().and_then(UplinkSide::take).is_some_and(|mut held| {
+            let full = !held.send_waiting();
+            give_back(shared, held);
+            full
+        });
         let second = second();
         let mut sent = Sent::default();
         for frame in frames.iter().take(BURST) {
@@ -259,6 +277,7 @@ impl NetChannel for SwitchChannel {
             }
             sent.taken += 1;
         }
+        self.waits = sent.taken < frames.len();
         sent.lost += self.flush();
         self.view.ring();
         sent
@@ -276,6 +295,7 @@ impl NetChannel for SwitchChannel {
 
     #[inline]
     fn carry(&mut self) -> bool {
+        self.outbox.awake();
         let Self { plug, view, .. } = self;
         let shared = &plug.shared;
         let Some(mut held) = shared.uplink.as_ref().and_then(UplinkSide::take) else { return false };
@@ -283,7 +303,7 @@ impl NetChannel for SwitchChannel {
         held.send_waiting();
         let mut at = None;
         let did = held.receive(|frame| distribute(view, shared, frame, *at.get_or_insert_with(second)));
-        drop(held);
+        give_back(shared, held);
         view.ring();
         did
     }
@@ -309,11 +329,22 @@ impl NetChannel for SwitchChannel {
     }
 
     fn arm_carrying(&mut self) -> bool {
-        match &self.plug.shared.uplink {
-            // Whoever has it now is awake, and may leave something behind.
-            Some(uplink) => uplink.take().is_some_and(|mut held| held.arm()),
-            None => true,
+        let shared = &self.plug.shared;
+        let Some(uplink) = &shared.uplink else { return true };
+        // Whoever has it now is awake, and may leave something behind.
+        let Some(mut held) = uplink.take() else { return false };
+        if self.waits {
+            // In this order, while nobody else has the uplink: whoever makes room later finds this one asleep.
+            self.outbox.expect_bell();
+            self.waits = !held.send_waiting();
+            if !self.waits {
+                give_back(shared, held);
+                return false;
+            }
         }
+        let may_sleep = held.arm();
+        give_back(shared, held);
+        may_sleep
     }
 }
 

@@ -12,6 +12,8 @@ use crate::backend::net::{
 pub(super) const HEAD_BYTES: usize = 128;
 /// The Ethernet type of a VLAN tag (IEEE 802.1Q).
 const TAGGED: [u8; 2] = [0x81, 0x00];
+/// That of a provider's (IEEE 802.1ad).
+const PROVIDER_TAGGED: [u8; 2] = [0x88, 0xa8];
 /// Where a tag is.
 const TAG_AT: usize = ETHERNET_BYTES as usize - 2;
 const TAG_BYTES: usize = VLAN_TAG_BYTES as usize;
@@ -82,6 +84,13 @@ impl<'a> Frame<'a> {
     pub(super) fn tag(&self) -> Option<u16> {
         let tag = self.head().get(TAG_AT..TAG_AT + TAG_BYTES)?;
         (tag[..2] == TAGGED).then(|| u16::from_be_bytes([tag[2], tag[3]]) & 0xfff)
+    }
+
+    /// Whether there is a tag that [`tag`](Self::tag) does not read: a second one, one of a provider (802.1ad), or half of one.
+    #[inline]
+    pub(super) fn has_hidden_tag(&self) -> bool {
+        let at = TAG_AT + if self.tag().is_some() { TAG_BYTES } else { 0 };
+        self.head().get(at..at + 2).is_some_and(|kind| *kind == TAGGED || *kind == PROVIDER_TAGGED)
     }
 
     /// The header and the length that it has with its tag changed; `None` if it cannot be so.

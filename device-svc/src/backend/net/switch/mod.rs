@@ -6,7 +6,7 @@
 //!   network ─► uplink's channel ─► (whichever reactor turns first) ─► inbox of a port's channel ─► VM
 //! ```
 //!
-//! It learns where stations are from what they send ([`stations`]), and sends to all ports of the VLAN what is for a group or for nobody
+//! It learns where stations are from what they send ([`Stations`]), and sends to all ports of the VLAN what is for a group or for nobody
 //! known. A port with a VLAN is an access port: what its VM sends is in that VLAN, with a tag of another it is dropped, and it is
 //! brought no other's frames and no tags. A port without one is a trunk, and so is the uplink: all VLANs, tagged, and what has no tag
 //! is in a VLAN of its own.
@@ -19,21 +19,44 @@
 
 mod channel;
 mod frame;
-mod stations;
 mod uplink;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::channel::SwitchChannel;
-use self::stations::{PortNumber, Stations};
 use self::uplink::UplinkSide;
 use super::inbox::Inbox;
+use super::stations::{Place, Stations};
 use super::{Carrier, NetBackend, NetChannel, NetInfo, Offloads, PortSettings};
 use crate::backend::BackendError;
 
+/// The number of a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct PortNumber(u16);
+
+impl Place for PortNumber {
+    #[inline]
+    fn bits(self) -> u128 {
+        self.0.into()
+    }
+
+    #[inline]
+    fn from_bits(bits: u128) -> Self {
+        Self(bits as u16)
+    }
+}
+
+impl PortNumber {
+    /// Its place in the list of ports.
+    #[inline]
+    const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// The uplink's number among the ports.
-const UPLINK: PortNumber = 0;
+const UPLINK: PortNumber = PortNumber(0);
 /// Functions on one switch at most.
 const PORTS_MAX: usize = 4096;
 /// Queue pairs of a port at most.
@@ -55,7 +78,7 @@ struct Shared {
     /// Channels keep the list that they saw last, and look again when the epoch has changed.
     ports: Mutex<Arc<Ports>>,
     epoch: AtomicU32,
-    stations: Stations,
+    stations: Stations<PortNumber>,
     uplink: Option<UplinkSide>,
 }
 
@@ -109,7 +132,7 @@ impl SwitchBackend {
             // The uplink's place.
             ports: Mutex::new(Arc::new(vec![None])),
             epoch: AtomicU32::new(0),
-            stations: Stations::new(),
+            stations: Stations::default(),
             uplink,
         };
         // Functions reach each other whether the uplink is there or not.
@@ -138,7 +161,7 @@ impl NetBackend for SwitchBackend {
             }
             ports.resize_with(ports.len().max(free + 1), || None);
             ports[free] = Some(Port { vlan: settings.vlan, inboxes: Vec::new() });
-            Some(free as PortNumber)
+            Some(PortNumber(free as u16))
         });
         let number = number.ok_or_else(|| {
             BackendError::Refused(format!("a switch has no more than {PORTS_MAX} ports; delete a function first"))
@@ -162,7 +185,7 @@ struct Plug {
 impl Plug {
     fn add(&self, inbox: &Arc<Inbox>) {
         self.shared.change(|ports| {
-            if let Some(Some(port)) = ports.get_mut(usize::from(self.number)) {
+            if let Some(Some(port)) = ports.get_mut(self.number.index()) {
                 port.inboxes.push(Arc::clone(inbox));
             }
         });
@@ -170,7 +193,7 @@ impl Plug {
 
     fn remove(&self, inbox: &Arc<Inbox>) {
         self.shared.change(|ports| {
-            if let Some(Some(port)) = ports.get_mut(usize::from(self.number)) {
+            if let Some(Some(port)) = ports.get_mut(self.number.index()) {
                 port.inboxes.retain(|other| !Arc::ptr_eq(other, inbox));
             }
         });
@@ -180,7 +203,7 @@ impl Plug {
 impl Drop for Plug {
     fn drop(&mut self) {
         self.shared.change(|ports| {
-            if let Some(port) = ports.get_mut(usize::from(self.number)) {
+            if let Some(port) = ports.get_mut(self.number.index()) {
                 *port = None;
             }
         });

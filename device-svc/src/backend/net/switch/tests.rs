@@ -7,7 +7,9 @@ use std::os::fd::RawFd;
 
 use super::*;
 use crate::backend::Segments;
-use crate::backend::net::{Checksum, Incoming, NetHeader, Octets, Outgoing, Sent};
+use crate::backend::net::bed::{Bed, all_sent, plain, received, transmit, until};
+use crate::backend::net::tap::{TapBackend, TapSettings};
+use crate::backend::net::{BURST, Checksum, Incoming, NetHeader, Octets, Outgoing, Sent};
 
 const ALL: Octets = [0xff; 6];
 
@@ -34,6 +36,8 @@ struct Wire {
     come: VecDeque<Vec<u8>>,
     /// Frames that it takes still.
     room: usize,
+    /// Of those, so many are lost in each burst.
+    lost: usize,
 }
 
 struct WireBackend {
@@ -96,7 +100,7 @@ impl NetChannel for WireChannel {
         wire.room -= taken;
         let sent = frames[..taken].iter().map(bytes_of);
         wire.sent.extend(sent);
-        Sent { taken, lost: 0 }
+        Sent { taken, lost: wire.lost.min(taken) }
     }
     fn receive(&mut self, most: usize) -> &[Incoming] {
         let mut wire = self.wire.lock().unwrap();
@@ -137,6 +141,12 @@ fn send_with(channel: &mut dyn NetChannel, header: NetHeader, bytes: &[u8]) -> S
 
 fn send(channel: &mut dyn NetChannel, bytes: &[u8]) {
     assert_eq!(send_with(channel, NetHeader::DONE, bytes), Sent { taken: 1, lost: 0 });
+}
+
+fn readable(channel: &dyn NetChannel) -> bool {
+    let mut poll = libc::pollfd { fd: channel.wake_fd().unwrap(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one descriptor that the channel has.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
 }
 
 fn come(channel: &mut dyn NetChannel) -> Vec<Vec<u8>> {
@@ -195,6 +205,19 @@ fn vlans_are_apart_and_tags_are_for_trunks() {
     // A tag of another VLAN is dropped where it comes in.
     assert_eq!(send_with(ten.as_mut(), NetHeader::DONE, &with(20)), Sent { taken: 1, lost: 1 });
     assert_eq!((come(twenty.as_mut()), wire.sent()), (vec![], vec![]));
+    // Nor does a tag get by behind another, or as a provider's: no access port is brought one.
+    let second = |from: Octets, tag: u16| {
+        let first = frame(ALL, from, Some(tag), 1);
+        [&first[..16], &[0x81, 0, 0, 20], &first[16..]].concat()
+    };
+    let providers = [&plain[..12], &[0x88, 0xa8, 0, 20], &plain[12..]].concat();
+    for hidden in [second(station(1), 10), second(station(1), 0), providers] {
+        assert_eq!(send_with(ten.as_mut(), NetHeader::DONE, &hidden), Sent { taken: 1, lost: 1 });
+        assert_eq!((come(ten_too.as_mut()), come(trunk.as_mut()), wire.sent()), (vec![], vec![], vec![]));
+    }
+    let two = second(station(9), 10);
+    send(trunk.as_mut(), &two);
+    assert_eq!((come(ten.as_mut()), wire.sent()), (vec![], vec![two]));
     // From a trunk, by its tag; without one it is for trunks alone.
     send(trunk.as_mut(), &with(20));
     assert_eq!((come(ten.as_mut()), come(twenty.as_mut())), (vec![], vec![plain.clone()]));
@@ -269,6 +292,57 @@ fn an_uplink_without_room_holds_up_its_own_frames_alone() {
     assert_eq!(wire.sent(), vec![out(1), out(2), out(3)], "in order");
 }
 
+/// Two channels on an uplink that has no room, which one of them was told.
+fn full() -> (WireBackend, Box<dyn NetChannel>, Box<dyn NetChannel>) {
+    let wire = WireBackend::new();
+    let switch = SwitchBackend::new(Some(&wire)).unwrap();
+    let (mut a, mut b) = (plugged(&switch, None), plugged(&switch, None));
+    wire.wire.lock().unwrap().come.push_back(frame(ALL, station(100), None, 0));
+    a.carry();
+    come(a.as_mut());
+    come(b.as_mut());
+    wire.wire.lock().unwrap().room = 0;
+    let out = frame(station(100), station(1), None, 1);
+    send(a.as_mut(), &out);
+    assert_eq!(send_with(a.as_mut(), NetHeader::DONE, &out), Sent { taken: 0, lost: 0 });
+    (wire, a, b)
+}
+
+#[test]
+fn one_who_waits_for_the_uplink_is_woken_when_another_finds_room() {
+    let (wire, mut a, mut b) = full();
+    assert!(a.arm_carrying(), "there is nothing to do");
+    assert!(!readable(a.as_ref()));
+    wire.wire.lock().unwrap().room = usize::MAX;
+    b.carry();
+    assert_eq!(wire.sent().len(), 1);
+    assert!(readable(a.as_ref()));
+    // Room that has come before it sleeps keeps it awake, once.
+    let (wire, mut a, mut b) = full();
+    wire.wire.lock().unwrap().room = usize::MAX;
+    b.carry();
+    assert!(!a.arm_carrying(), "the frame that was not taken can be given again");
+    assert!(a.arm_carrying());
+}
+
+#[test]
+fn what_the_uplink_loses_is_counted() {
+    let wire = WireBackend::new();
+    let switch = SwitchBackend::new(Some(&wire)).unwrap();
+    let mut a = plugged(&switch, None);
+    let out = frame(ALL, station(1), None, 1);
+    wire.wire.lock().unwrap().lost = 1;
+    assert_eq!(send_with(a.as_mut(), NetHeader::DONE, &out), Sent { taken: 1, lost: 1 });
+    // What is for all is kept for an uplink without room, as far as there is room for that.
+    wire.wire.lock().unwrap().room = 0;
+    let lost = (0..2000).map(|_| send_with(a.as_mut(), NetHeader::DONE, &out)).filter(|sent| sent.lost == 1).count();
+    wire.wire.lock().unwrap().room = usize::MAX;
+    wire.sent();
+    a.carry();
+    assert_eq!(lost + wire.sent().len(), 2000);
+    assert!(lost > 1000, "{lost}");
+}
+
 #[test]
 fn one_who_takes_nothing_loses_its_own_frames_alone() {
     let switch = SwitchBackend::new(None).unwrap();
@@ -331,11 +405,6 @@ fn a_flow_keeps_to_one_channel_of_a_port_and_flows_use_all() {
 fn a_sleeper_is_woken_by_what_is_put_in() {
     let switch = SwitchBackend::new(None).unwrap();
     let (mut a, mut b) = (plugged(&switch, None), plugged(&switch, None));
-    let readable = |channel: &dyn NetChannel| {
-        let mut poll = libc::pollfd { fd: channel.wake_fd().unwrap(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one descriptor that the channel has.
-        unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
-    };
     assert!(b.arm() && b.arm_carrying());
     assert!(!readable(b.as_ref()));
     send(a.as_mut(), &frame(ALL, station(1), None, 1));
@@ -347,8 +416,39 @@ fn a_sleeper_is_woken_by_what_is_put_in() {
     send(a.as_mut(), &frame(ALL, station(1), None, 2));
     assert!(!readable(b.as_ref()), "nobody rings for one who is awake");
     assert_eq!(come(b.as_mut()).len(), 1);
+    // One who was about to sleep, and was woken by something else, is awake as well.
+    assert!(b.arm());
+    b.carry();
+    send(a.as_mut(), &frame(ALL, station(1), None, 3));
+    assert!(!readable(b.as_ref()), "nobody rings for one who turns");
+    assert_eq!(come(b.as_mut()).len(), 1);
     // One that leaves wakes the others: it may have been the one who looked after the uplink.
     assert!(b.arm());
     drop(a);
     assert!(readable(b.as_ref()));
+}
+
+#[test]
+fn an_uplink_of_the_kernels_is_shared_by_threads() {
+    let Some(bed) = Bed::new() else { return };
+    let settings = TapSettings { name: "dray0".to_owned(), netns: Some(bed.name().to_owned()), mtu: None };
+    let tap = TapBackend::new(settings).unwrap();
+    let switch = SwitchBackend::new(Some(&tap)).unwrap();
+    let packets = bed.packets("dray0", false);
+    let mut channels = [plugged(&switch, None), plugged(&switch, None)];
+    for round in 0..3 {
+        for channel in &mut channels {
+            let turn = || {
+                channel.carry();
+                assert_eq!(transmit(channel.as_mut(), &plain(0..BURST, 60)), all_sent(BURST), "round {round}");
+                channel.arm_carrying();
+            };
+            std::thread::scope(|scope| scope.spawn(turn).join().unwrap());
+        }
+    }
+    let mut count = 0;
+    until(|| {
+        count += received(&packets).len();
+        count == 6 * BURST
+    });
 }

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::frame::{Frame, HEAD_BYTES, Tag, range_of};
 use crate::backend::net::inbox::{Inbox, Outbox};
-use crate::backend::net::{BURST, Incoming, NetBackend, NetChannel, NetHeader, Offloads, Outgoing, VLAN_TAG_BYTES};
+use crate::backend::net::{
+    BURST, Incoming, NetBackend, NetChannel, NetHeader, Offloads, Outgoing, Sent, VLAN_TAG_BYTES,
+};
 use crate::backend::{BackendError, Segments};
 
 /// The channel, while somebody has it.
@@ -19,6 +21,10 @@ pub(super) struct Held {
     channel: Box<dyn NetChannel>,
     /// What waits to be sent.
     waiting: Outbox,
+    /// Not all that waited could be sent the last time, and channels may have been told so.
+    is_full: bool,
+    /// It was so, and is not any more: those channels are to be woken.
+    room_came: bool,
     ranges: Vec<libc::iovec>,
     frames: Vec<Outgoing>,
 }
@@ -37,14 +43,14 @@ pub(super) struct UplinkSide {
 
 impl UplinkSide {
     pub(super) fn open(uplink: &dyn NetBackend) -> Result<Self, BackendError> {
-        let mut channel = uplink.open_channel()?;
+        let mut channel = uplink.open_shared_channel()?;
         // Each VM has other wishes; what one does not take undone is done for it after the switch.
         channel.leave_undone(Offloads::ALL);
         let (waiting, mut outbox) = Inbox::pair()?;
         outbox.open(true);
         let wake_fd = channel.wake_fd();
-        let held =
-            Held { channel, waiting: outbox, ranges: Vec::with_capacity(BURST), frames: Vec::with_capacity(BURST) };
+        let (ranges, frames) = (Vec::with_capacity(BURST), Vec::with_capacity(BURST));
+        let held = Held { channel, waiting: outbox, is_full: false, room_came: false, ranges, frames };
         Ok(Self { held: Mutex::new(held), waiting, wake_fd, users: AtomicUsize::new(0) })
     }
 
@@ -84,10 +90,28 @@ impl UplinkSide {
 }
 
 impl Held {
-    /// Sends what waits. Returns whether nothing is left.
+    /// Sends what waits. Returns whether nothing is left, nor is being put in: then what is sent next is next in order.
     #[inline]
     pub(super) fn send_waiting(&mut self) -> bool {
-        let Self { channel, waiting, ranges, frames } = self;
+        let all = self.send_complete() && self.waiting.is_drained();
+        if all {
+            self.room_came |= std::mem::take(&mut self.is_full);
+        } else {
+            self.is_full = true;
+        }
+        all
+    }
+
+    /// Whether those who found the uplink full are to be woken now.
+    #[inline]
+    pub(super) const fn take_room_came(&mut self) -> bool {
+        std::mem::replace(&mut self.room_came, false)
+    }
+
+    /// Sends what waits and is complete. Returns whether the network had room for it.
+    #[inline]
+    fn send_complete(&mut self) -> bool {
+        let Self { channel, waiting, ranges, frames, .. } = self;
         while !waiting.is_empty() {
             ranges.clear();
             frames.clear();
@@ -108,10 +132,10 @@ impl Held {
         true
     }
 
-    /// Sends a burst. Returns how many the network took.
+    /// Sends a burst.
     #[inline]
-    pub(super) fn send(&mut self, frames: &[Outgoing]) -> usize {
-        self.channel.transmit(frames).taken
+    pub(super) fn send(&mut self, frames: &[Outgoing]) -> Sent {
+        self.channel.transmit(frames)
     }
 
     /// Hands what has come to `each`. Returns whether there was anything.

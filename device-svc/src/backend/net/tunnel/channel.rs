@@ -22,7 +22,7 @@ use super::outer::{OuterAddress, SocketAddress};
 use super::wire::{OUTER_HEADER_BYTES, OuterHeader};
 use super::{Tunnel, socket};
 use crate::backend::BackendError;
-use crate::backend::ring::Ring;
+use crate::backend::ring::{Ring, Users};
 use crate::clock::Moment;
 
 /// Two polls, and room to spare.
@@ -80,6 +80,8 @@ pub(super) struct TunnelChannel {
     readable: bool,
     /// A frame was not taken, and a poll tells when there is room.
     waits_for_room: bool,
+    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
+    room_came: bool,
     slab: Slab,
     places: Box<[libc::iovec; BURST]>,
     incoming: Messages,
@@ -98,10 +100,10 @@ pub(super) struct TunnelChannel {
 unsafe impl Send for TunnelChannel {}
 
 impl TunnelChannel {
-    pub(super) fn new(tunnel: Arc<Tunnel>) -> Result<Self, BackendError> {
+    pub(super) fn new(tunnel: Arc<Tunnel>, users: Users) -> Result<Self, BackendError> {
         let receiver = tunnel.network.open_receiver()?;
         let sender = tunnel.network.open_sender()?;
-        let ring = Ring::new(receiver.socket.as_fd(), ENTRIES, "a tunnel")?;
+        let ring = Ring::new(receiver.socket.as_fd(), ENTRIES, "a tunnel", users)?;
         let header = tunnel.kind.header(tunnel.vni, tunnel.port);
         let nowhere = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         Ok(Self {
@@ -113,6 +115,7 @@ impl TunnelChannel {
             polled: false,
             readable: false,
             waits_for_room: false,
+            room_came: false,
             slab: Slab::new(),
             places: Box::new([nowhere; BURST]),
             incoming: Messages::new(),
@@ -142,14 +145,14 @@ impl TunnelChannel {
     /// Takes what the polls have noted.
     #[inline]
     fn take(&mut self) {
-        let Self { ring, polled, readable, waits_for_room, .. } = self;
+        let Self { ring, polled, readable, waits_for_room, room_came, .. } = self;
         for entry in ring.ended() {
             match entry.user_data() {
                 POLL_IN => {
                     *readable = true;
                     *polled = cqueue::more(entry.flags());
                 }
-                _ => *waits_for_room = false,
+                _ => (*waits_for_room, *room_came) = (false, true),
             }
         }
     }
@@ -416,7 +419,7 @@ impl NetChannel for TunnelChannel {
         if !self.enabled {
             return true;
         }
-        if self.readable || self.ring.has_work() {
+        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
             return false;
         }
         if !self.ring.armed() {
@@ -425,6 +428,6 @@ impl NetChannel for TunnelChannel {
             }
             self.take();
         }
-        !self.readable && self.polled && self.ring.armed()
+        !self.readable && !self.room_came && self.polled && self.ring.armed()
     }
 }

@@ -21,7 +21,6 @@ pub mod flow;
 pub mod outer;
 pub mod remotes;
 mod socket;
-pub mod stations;
 mod steering;
 pub mod wire;
 
@@ -40,6 +39,7 @@ use super::namespace::{InterfaceName, Namespace};
 use super::watch::{Watch, Watched};
 use super::{Carrier, ETHERNET_BYTES, NetBackend, NetChannel, NetInfo, Offloads};
 use crate::backend::BackendError;
+use crate::backend::ring::Users;
 
 /// The least that IPv4 allows (RFC 791).
 const MTU_MIN: u32 = 68;
@@ -171,7 +171,11 @@ impl NetBackend for TunnelBackend {
     }
 
     fn open_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
-        Ok(Box::new(TunnelChannel::new(Arc::clone(&self.tunnel))?))
+        Ok(Box::new(TunnelChannel::new(Arc::clone(&self.tunnel), Users::One)?))
+    }
+
+    fn open_shared_channel(&self) -> Result<Box<dyn NetChannel>, BackendError> {
+        Ok(Box::new(TunnelChannel::new(Arc::clone(&self.tunnel), Users::Several)?))
     }
 }
 

@@ -5,29 +5,29 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
+use crate::backend::net::stations::Place;
+
 /// An end point's address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OuterAddress(u128);
 
 impl OuterAddress {
-    /// The same as a number.
-    #[inline]
-    #[must_use]
-    pub const fn bits(self) -> u128 {
-        self.0
-    }
-
-    /// The address with this number.
-    #[inline]
-    #[must_use]
-    pub const fn from_bits(bits: u128) -> Self {
-        Self(bits)
-    }
-
     /// As the standard library has it.
     #[must_use]
     pub const fn ip(self) -> IpAddr {
         Ipv6Addr::from_bits(self.0).to_canonical()
+    }
+}
+
+impl Place for OuterAddress {
+    #[inline]
+    fn bits(self) -> u128 {
+        self.0
+    }
+
+    #[inline]
+    fn from_bits(bits: u128) -> Self {
+        Self(bits)
     }
 }
 

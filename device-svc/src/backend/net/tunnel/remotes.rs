@@ -6,7 +6,7 @@
 //! configuration says [`Learning::Any`].
 
 use super::outer::OuterAddress;
-use super::stations::Stations;
+use crate::backend::net::stations::Stations;
 
 /// Whose frames are taken, and what they teach.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -27,7 +27,7 @@ pub struct Remotes {
     named: Box<[OuterAddress]>,
     takes_all: bool,
     /// `None` where there is nothing to learn.
-    stations: Option<Stations>,
+    stations: Option<Stations<OuterAddress>>,
 }
 
 impl Remotes {
@@ -63,7 +63,7 @@ impl Remotes {
         if let Some(stations) = &self.stations
             && source[0] & 1 == 0
         {
-            stations.hear(source, from, now_seconds);
+            stations.hear(source, 0, from, now_seconds);
         }
     }
 
@@ -71,7 +71,7 @@ impl Remotes {
     #[inline]
     #[must_use]
     pub fn find(&self, destination: [u8; 6], now_seconds: u32) -> Option<OuterAddress> {
-        self.stations.as_ref().filter(|_| destination[0] & 1 == 0)?.find(destination, now_seconds)
+        self.stations.as_ref().filter(|_| destination[0] & 1 == 0)?.find(destination, 0, now_seconds)
     }
 
     /// The remotes that were named, sorted.

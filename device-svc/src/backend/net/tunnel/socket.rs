@@ -7,7 +7,9 @@
 //! none comes, and that keeps the kernel from even looking.
 //!
 //! The kernel adds IP's header: it forbids fragments (RFC 7348, 4.3: end points must not fragment), and refuses what is longer than the
-//! route takes. Over IPv4 the checksum of UDP is 0, as both specifications advise; over IPv6 the kernel computes it.
+//! route takes. What a router on the way says by ICMP does not reach a socket that is connected elsewhere: that the underlay takes
+//! enough all the way is the operator's to see to (RFC 7348, 4.3). Over IPv4 the checksum of UDP is 0, as both specifications advise;
+//! over IPv6 the kernel computes it.
 //!
 //! **Received** is through ordinary sockets that share the address and port.
 #![expect(unsafe_code, reason = "options of sockets, and bursts of messages, which hold addresses")]

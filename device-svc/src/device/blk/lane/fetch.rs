@@ -122,7 +122,7 @@ fn split_chain<E: DmaEngine>(
     // The status is the last writable byte. Its line is asked for first: mostly the header is in it too.
     if let Some(last) = writable.last() {
         row.status_at = Iova(last.address.0.wrapping_add(u64::from(last.length) - 1));
-        engine.expect_write(row.status_at);
+        engine.expect_write(row.status_at, 1);
     }
     // The header is the first 16 readable bytes, in however many buffers (virtio 1.3, 2.7.4.1: no framing may be assumed).
     let mut left = HEADER_BYTES;

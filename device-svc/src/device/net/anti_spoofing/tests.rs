@@ -9,6 +9,12 @@ const MAC: Octets = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const OTHER: Octets = [0x52, 0x54, 0, 0x12, 0x34, 0x57];
 const PEER: Octets = [0x52, 0x54, 0, 0xaa, 0, 1];
 
+impl AntiSpoofing {
+    fn passes(&self, mac: Octets, frame: &[u8]) -> bool {
+        self.judge(mac, frame).is_some()
+    }
+}
+
 fn any() -> AntiSpoofing {
     AntiSpoofing { mac: true, vlans: None, addresses: None }
 }
@@ -111,8 +117,11 @@ fn ipv6_comes_from_and_tells_of_the_functions_addresses() {
     let own = "fe80::5054:ff:fe12:3456";
     let echo = Icmpv6Type::Unknown { type_u8: 128, code_u8: 0, bytes5to8: [0; 4] };
     for (source, passes) in [("fd00::5", true), (own, true), ("::", true), ("fd00::6", false), ("fe80::1", false)] {
-        assert_eq!(judge.passes(MAC, &v6(source, echo.clone(), b"")), passes, "{source}");
+        assert_eq!(judge.passes(MAC, &v6(source, echo, b"")), passes, "{source}");
     }
+    let mut datagram = v6("::", echo, b"");
+    datagram[14 + 6] = UDP;
+    assert!(!judge.passes(MAC, &datagram), "no question");
     assert!(judge.passes(MAC, &advertisement(own, "fd00::5")));
     assert!(judge.passes(MAC, &advertisement("fd00::5", own)));
     assert!(!judge.passes(MAC, &advertisement(own, "fd00::1")), "another's address");
@@ -125,9 +134,9 @@ fn extension_headers_hide_nothing() {
         let frame = advertisement("fd00::5", target);
         let mut with = frame.clone();
         with[14 + 6] = 60;
-        with.splice(14 + 40..14 + 40, [0, 0, 1, 4, 0, 0, 0, 0].into_iter());
+        with.splice(14 + 40..14 + 40, [0, 0, 1, 4, 0, 0, 0, 0]);
         // Destination options, then hop-by-hop options, then what it is.
-        with.splice(14 + 48..14 + 48, [ICMPV6, 0, 1, 4, 0, 0, 0, 0].into_iter());
+        with.splice(14 + 48..14 + 48, [ICMPV6, 0, 1, 4, 0, 0, 0, 0]);
         assert_eq!(judge.passes(MAC, &with), passes, "{target}");
         let mut far = with.clone();
         far[14 + 49] = 200;
@@ -141,4 +150,22 @@ fn other_protocols_do_not_pass_where_addresses_are_restricted() {
     assert!(any().passes(MAC, &frame));
     assert!(!only(&["10.0.0.5"]).passes(MAC, &frame));
     assert!(!only(&[]).passes(MAC, &v4(MAC, [10, 0, 0, 5], (1, 2))));
+}
+
+#[test]
+fn what_a_frame_is_judged_by_is_known() {
+    let judge = only(&["10.0.0.5", "fd00::5"]);
+    let udp = v4(MAC, [10, 0, 0, 5], (1, 2));
+    assert_eq!(any().judge(MAC, &udp), Some(14));
+    assert_eq!(any().judge(MAC, &tagged(&udp, &[1])), Some(18));
+    assert_eq!(judge.judge(MAC, &udp), Some(14 + 20));
+    assert_eq!(judge.judge(MAC, &v4(MAC, [0; 4], (68, 67))), Some(14 + 24), "its ports as well");
+    assert_eq!(judge.judge(MAC, &arp(MAC, [10, 0, 0, 5])), Some(14 + 18));
+    let echo = Icmpv6Type::Unknown { type_u8: 128, code_u8: 0, bytes5to8: [0; 4] };
+    assert_eq!(judge.judge(MAC, &v6("fd00::5", echo, b"")), Some(14 + 40 + 1), "what kind of message it is");
+    assert_eq!(
+        judge.judge(MAC, &advertisement("fd00::5", "fd00::5")),
+        Some(14 + 40 + 24),
+        "and whose address it tells of"
+    );
 }

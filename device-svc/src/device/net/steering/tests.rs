@@ -51,6 +51,7 @@ impl NetChannel for ListChannel {
 struct Bed {
     shared: Arc<NetShared>,
     channels: Vec<Box<dyn NetChannel>>,
+    inboxes: Arc<[Arc<Inbox>]>,
     come: Vec<Come>,
     number: u32,
 }
@@ -81,7 +82,7 @@ impl Bed {
             })
             .collect();
         channels.iter_mut().for_each(|channel| channel.enable(true));
-        Self { shared, channels, come, number: 0 }
+        Self { shared, channels, inboxes: Arc::clone(&steering.inboxes), come, number: 0 }
     }
 
     fn steer(&self, table: &[u16]) {
@@ -144,7 +145,8 @@ fn frames_reach_the_pair_that_the_table_says_in_their_order() {
     // The other way round, and all to one.
     bed.steer(&[1, 1]);
     let numbers: Vec<u32> = (0..20).map(|number| bed.comes(number % 2, number as u32 & 1)).collect();
-    let (even, odd): (Vec<u32>, Vec<u32>) = numbers.iter().partition(|number| (**number - numbers[0]) % 2 == 0);
+    let (even, odd): (Vec<u32>, Vec<u32>) =
+        numbers.iter().partition(|number| (**number - numbers[0]).is_multiple_of(2));
     bed.carry();
     assert_eq!(bed.takes(0), Vec::<u32>::new());
     assert_eq!([bed.takes(1), bed.takes(1)].concat(), [even, odd].concat());
@@ -193,4 +195,35 @@ fn a_sleeper_is_woken_for_its_frames() {
     assert!(!readable(bed.channels[1].as_ref()));
     assert_eq!(bed.takes(1), vec![number]);
     assert!(bed.channels[0].arm_carrying());
+}
+
+#[test]
+fn without_a_table_frames_that_nobody_takes_keep_nobody_awake() {
+    let mut bed = Bed::new();
+    bed.comes(0, 0);
+    bed.carry();
+    // Its pair has no buffers, or no driver: it is not asked for more.
+    assert!(bed.channels[0].arm_carrying());
+    assert!(!bed.channels[0].arm(), "one that takes frames has something to do");
+    bed.steer(&[0, 1]);
+    bed.carry();
+    assert!(!bed.channels[0].arm_carrying(), "it may be for another");
+}
+
+#[test]
+fn what_is_being_put_in_comes_before_what_comes_now() {
+    let mut bed = Bed::new();
+    bed.steer(&[0, 1]);
+    bed.carry();
+    let inboxes = Arc::clone(&bed.inboxes);
+    let frame = udp(1);
+    let put = inboxes[0].put(NetHeader::DONE, frame.len() as u32, |room| {
+        room.copy_from_slice(&frame);
+        bed.comes(0, 0);
+        assert!(bed.takes(0).is_empty(), "a frame of this pair may be behind the one that is not complete");
+    });
+    assert!(put);
+    assert_eq!(bed.channels[0].receive(32).len(), 1);
+    bed.channels[0].release(1);
+    assert_eq!(bed.takes(0), [1]);
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::address::Iova;
+use crate::backend::net::offload::SoftwareOffload;
 use crate::driver::Buffer;
 use crate::metrics::DropReason;
 
@@ -51,6 +52,31 @@ fn frames_of_another_are_dropped_where_that_is_asked_for() {
     bed.send(&from(own));
     assert_eq!(bed.frame().1, looped(&from(own)), "nothing before it");
     assert!(bed.faults.0.lock().unwrap().is_empty());
+}
+
+/// A checksum is computed after the frame was judged: it must not come to stand where the frame says who sends it.
+#[test]
+fn a_checksum_cannot_change_what_a_frame_was_judged_by() {
+    let mut shape = Shape::new();
+    let address = "fd00::5".parse::<std::net::Ipv6Addr>().unwrap();
+    shape.settings.anti_spoofing = Some(AntiSpoofing { mac: true, vlans: None, addresses: Some(vec![address.into()]) });
+    let network = SoftwareOffload::new(Arc::new(LoopbackBackend::new()));
+    let mut bed = Bed::over(&shape, &network);
+    bed.receive.add_buffers(8, 1);
+    let head = [&PEER[..], &MAC, &[0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, 6, 64]].concat();
+    let frame = [&head[..], &address.octets(), &[0; 36]].concat();
+    let header = |checksum_start, checksum_offset| FrameHeader {
+        flags: 1,
+        checksum_start,
+        checksum_offset,
+        ..FrameHeader::default()
+    };
+    // The last bytes of the source; the same from further in front; the Ethernet source. Then where TCP has it.
+    for header in [header(34, 2), header(14, 22), header(0, 10), header(54, 16)] {
+        assert!(bed.transmit.send(header, &frame, &[]));
+    }
+    bed.until("sent", |bed| (bed.counters[1].net.packets.get() == 1).then_some(()));
+    assert_eq!((bed.drops(1, DropReason::Spoofed), bed.drops(1, DropReason::BadHeader)), (1, 2));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use etherparse::{Ipv6FlowLabel, PacketBuilder, VlanId};
+use etherparse::{PacketBuilder, VlanId};
 use proptest::prelude::*;
 
 use super::*;
@@ -77,19 +77,6 @@ fn fragments_stay_together() {
     second[21] = 100;
     assert_eq!(port(&first), port(&second));
     assert_ne!(port(&first), port(&udp(false, 0, 2, (5, 6))));
-}
-
-#[test]
-fn a_flow_label_is_the_flow() {
-    let labelled = |label: u32, ports: (u16, u16)| {
-        let mut frame = udp(true, 0, 2, ports);
-        let bytes = Ipv6FlowLabel::try_new(label).unwrap().value().to_be_bytes();
-        frame[15..18].copy_from_slice(&bytes[1..]);
-        frame
-    };
-    assert_eq!(port(&labelled(9, (1, 2))), port(&labelled(9, (3, 4))));
-    let ports: BTreeSet<u16> = (1..=1000).map(|label| port(&labelled(label, (1, 2)))).collect();
-    assert!(ports.len() > 900);
 }
 
 #[test]
