@@ -114,7 +114,8 @@ impl PackedRecord {
         let mut taken = vec![false; self.next.len()];
         self.read_free_list(head, &mut taken)?;
         self.free_head = head;
-        self.region.header().free_heads.set(FreeHeads { new: head, old: head }.encode());
+        self.heads = FreeHeads { new: head, old: head };
+        self.region.header().free_heads.set(self.heads.encode());
         let in_flight = self.read_chains(size, &mut taken)?;
         self.places = UsedPlaces { new: used, old: used };
         self.region.header().used_places.set(self.places.encode());

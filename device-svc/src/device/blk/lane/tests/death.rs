@@ -321,6 +321,7 @@ impl World {
 
 /// Lives of so many stores each, then one that goes on to the end. Returns how many of them died.
 fn lives(mode: Mode, late: bool, stores: &[u64]) -> usize {
+    println!("{mode:?}, late: {late}, dies after {stores:?} stores");
     let mut world = World::new(mode);
     let mut died = 0;
     for stores in stores.iter().chain(&[u64::MAX]) {
