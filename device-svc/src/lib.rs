@@ -22,6 +22,7 @@ pub mod backend;
 pub mod link;
 pub mod pci;
 mod asleep;
+pub mod inflight;
 pub mod virtqueue;
 pub mod dma;
 pub mod config;

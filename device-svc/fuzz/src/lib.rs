@@ -176,6 +176,7 @@ impl Bed {
             position: choice.position.unwrap_or(fresh),
             features: choice.features | features::VERSION_1,
             port: Box::new(Silent),
+            inflight: None,
         };
         check_addresses(&start, table).ok()?;
         let faults = Arc::new(Faults::default());

@@ -20,6 +20,7 @@ use crate::device::limit::{Limit, Rates};
 use crate::device::net::NetShared;
 use crate::device::{Device, LanePlace, Outlet, QueueFault};
 use crate::dma::{HostMemory, Removed};
+use crate::inflight::{QueueRecord, RecordIdentity};
 use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart, Refusal};
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
@@ -38,6 +39,8 @@ struct Shape {
     descriptors: crate::address::Iova,
     driver: crate::address::Iova,
     device: crate::address::Iova,
+    /// Where its requests in flight are recorded.
+    record: Option<RecordIdentity>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -395,7 +398,8 @@ impl FunctionSide for Arc<CardFunction> {
         self.stop_locked(&mut inner, queue);
         let key = QueueKey { function: self.number, queue };
         let (descriptors, driver, device) = (start.descriptors, start.driver, start.device);
-        let shape = Shape { size: start.size, features: start.features, descriptors, driver, device };
+        let record = start.inflight.as_ref().map(QueueRecord::identity);
+        let shape = Shape { size: start.size, features: start.features, descriptors, driver, device, record };
         if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
             self.reactor_of(queue).post(Message::Resume { key, start });
         } else {

@@ -80,8 +80,15 @@ impl<E: DmaEngine> Queue<E> {
         report: Arc<dyn FaultReport>,
         engine: impl FnOnce(crate::dma::CardMemory) -> E,
     ) -> std::io::Result<Self> {
+        let mirror = Mirror::new(&start, layout, engine)?;
+        let mut port = start.port;
+        if start.inflight.is_some() {
+            // Whoever published last may have died before it came to the interrupt; the driver looks once more.
+            port.raise_interrupt();
+            counters.interrupts.add(1);
+        }
         Ok(Self {
-            mirror: Mirror::new(&start, layout, engine)?,
+            mirror,
             state: State::Running,
             counters,
             ring_gone: false,
@@ -90,7 +97,7 @@ impl<E: DmaEngine> Queue<E> {
             rung: false,
             counted: DmaCounters::default(),
             report,
-            port: start.port,
+            port,
         })
     }
 
@@ -112,7 +119,8 @@ impl<E: DmaEngine> Queue<E> {
             Ok(did) => did,
             Err(fault) => {
                 // A ring that is broken while it stops is not fetched from again.
-                self.ring_gone |= self.mirror.is_fetching() && self.state != State::Running;
+                let busy = self.mirror.is_fetching() || self.mirror.is_resuming();
+                self.ring_gone |= busy && self.state != State::Running;
                 self.fail(fault);
                 true
             }
@@ -133,7 +141,7 @@ impl<E: DmaEngine> Queue<E> {
     pub(super) fn wants_fetch(&self) -> bool {
         match self.state {
             State::Running => !self.is_quiet(),
-            State::Stopping(_) => self.mirror.is_fetching() && !self.ring_gone,
+            State::Stopping(_) => (self.mirror.is_fetching() || self.mirror.is_resuming()) && !self.ring_gone,
             State::Failed | State::Abandoned => false,
         }
     }

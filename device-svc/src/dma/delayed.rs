@@ -20,9 +20,9 @@ enum Copy {
     ReadPacked(Iova, CardAddress, u32),
 }
 
-/// A DMA engine that is late.
+/// A DMA engine that is late; or one that is not, and differs from a [`CopyEngine`] only in what can be done to it.
 #[derive(Debug)]
-pub struct DelayedEngine {
+pub struct DelayedEngine<const LATE: bool = true> {
     inner: CopyEngine,
     queued: VecDeque<Copy>,
     submitted: u64,
@@ -60,7 +60,18 @@ impl DelayedEngine {
             failed: false,
         }
     }
+}
 
+impl DelayedEngine<false> {
+    /// An engine whose copies land as they are queued.
+    #[must_use]
+    pub fn prompt(card: CardMemory, memory: Arc<HostMemory>) -> Self {
+        let DelayedEngine { inner, queued, .. } = DelayedEngine::new(card, memory, 1, 0);
+        Self { inner, queued, submitted: 0, issued: 0, landed: 0, random: 1, fails_one_in: 0, failed: false }
+    }
+}
+
+impl<const LATE: bool> DelayedEngine<LATE> {
     fn next(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -74,25 +85,51 @@ impl DelayedEngine {
         }
         self.queued.push_back(copy);
         self.issued += 1;
+        if !LATE {
+            self.land_one();
+        }
         Ok(())
     }
 
+    /// Writes so that the process may die between any two words.
+    fn write_by_words(&mut self, from: CardAddress, to: Iova, length: u32) -> Result<(), Unmapped> {
+        for done in (0..length).step_by(8) {
+            super::mortality::about_to_store();
+            self.inner.write(from.add(done), Iova(to.0 + u64::from(done)), 8.min(length - done))?;
+        }
+        Ok(())
+    }
+
+    /// Lands what was submitted: what a dead process left under way may still come, up to any copy.
+    pub fn land(&mut self, copies: usize) {
+        for _ in 0..copies.min(self.submitted.saturating_sub(self.landed) as usize) {
+            self.land_one();
+        }
+    }
+
     fn land_one(&mut self) {
-        let Some(copy) = self.queued.pop_front() else { return };
+        let Some(&copy) = self.queued.front() else { return };
         let done = match copy {
             Copy::Read(from, to, length) => self.inner.read(from, to, length),
-            Copy::Write(from, to, length) => self.inner.write(from, to, length),
+            Copy::Write(from, to, length) => self.write_by_words(from, to, length),
             Copy::ReadIndex(from, to) => self.inner.read_index(from, to),
-            Copy::WriteIndex(from, to) => self.inner.write_index(from, to),
+            Copy::WriteIndex(from, to) => {
+                super::mortality::about_to_store();
+                self.inner.write_index(from, to)
+            }
             Copy::ReadPacked(from, to, count) => self.inner.read_packed(from, to, count),
         };
         assert!(done.is_ok(), "host memory went away under a copy that was on its way: {copy:?}");
         self.inner.submit();
+        // Only now: a copy that was cut short by death lands as a whole, or not at all, before those behind it.
+        self.queued.pop_front();
         self.landed += 1;
     }
 }
 
-impl DmaEngine for DelayedEngine {
+impl<const LATE: bool> DmaEngine for DelayedEngine<LATE> {
+    const LATE: bool = LATE;
+
     fn card(&self) -> &CardMemory {
         self.inner.card()
     }
@@ -148,7 +185,7 @@ impl DmaEngine for DelayedEngine {
     }
 
     fn landed(&mut self) -> Result<Ticket, DmaFault> {
-        let most = self.submitted - self.landed;
+        let most = self.submitted.saturating_sub(self.landed);
         for _ in 0..self.next() % 4 % (most + 1) {
             self.land_one();
         }

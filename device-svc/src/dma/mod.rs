@@ -22,6 +22,8 @@ mod files;
 mod guard;
 mod mapping;
 mod memory;
+#[cfg(test)]
+pub mod mortality;
 mod page_table;
 
 pub use cache::{full_barrier, prefetch_read, prefetch_read_range, prefetch_write, prefetch_write_range};

@@ -1,10 +1,14 @@
 //! A vhost-user front end: hands a guest's memory and queues to whoever serves a socket.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -12,6 +16,20 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::front_end::{Doorbell, FrontEndError, QueueEvents};
 use super::{DriverQueue, GuestMemory};
 use crate::virtqueue::features;
+
+/// A back end's record of requests in flight, which the front end keeps for it and hands back when it has come again.
+pub struct InflightRecord {
+    what: VhostUserInflight,
+    file: File,
+}
+
+impl InflightRecord {
+    /// The memory file that it is in.
+    #[must_use]
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+}
 
 /// A connection to a back end.
 pub struct FrontEnd {
@@ -40,6 +58,7 @@ impl FrontEnd {
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::BACKEND_REQ
                 | VhostUserProtocolFeatures::RESET_DEVICE
+                | VhostUserProtocolFeatures::INFLIGHT_SHMFD
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
             let protocol = frontend.get_protocol_features()? & known;
             frontend.set_protocol_features(protocol)?;
@@ -99,6 +118,23 @@ impl FrontEnd {
     /// When the back end refuses.
     pub fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), FrontEndError> {
         Ok(self.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, data)?)
+    }
+
+    /// Asks the back end for a record of what will be in flight in `queues` queues of `size` entries.
+    ///
+    /// # Errors
+    /// When the back end keeps none, or none for so many.
+    pub fn make_record(&mut self, queues: u16, size: u16) -> Result<InflightRecord, FrontEndError> {
+        let (what, file) = self.frontend.get_inflight_fd(&VhostUserInflight::new(0, 0, queues, size))?;
+        Ok(InflightRecord { what, file })
+    }
+
+    /// Hands a record to the back end, before a queue is started.
+    ///
+    /// # Errors
+    /// When the back end refuses.
+    pub fn hand_over_record(&mut self, record: &InflightRecord) -> Result<(), FrontEndError> {
+        Ok(self.frontend.set_inflight_fd(&record.what, record.file.as_raw_fd())?)
     }
 
     /// Hands over a queue and starts it.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::Iova;
 use crate::dma::{HostMemory, Removed};
+use crate::inflight::QueueRecord;
 
 /// The hot half of a link: one queue's doorbell and interrupt.
 pub trait QueuePort: Send {
@@ -68,6 +69,8 @@ pub struct QueueStart {
     pub features: u64,
     /// The queue's doorbell and interrupt.
     pub port: Box<dyn QueuePort>,
+    /// The record of its requests in flight, where the front end keeps one. It knows better than `position` once it was written to.
+    pub inflight: Option<QueueRecord>,
 }
 
 /// Why the function refused what the link passed on: the guest's or the front end's fault, told to it as the link's

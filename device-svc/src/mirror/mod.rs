@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::address::{CardAddress, Iova};
 use crate::dma::{CardMemory, Direction, DmaEngine, DmaFault, HostMemory, Unmapped};
+use crate::inflight::RecordFault;
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::{Chain, QueueAddresses, RingFault, features};
 
@@ -51,6 +52,9 @@ pub enum QueueFault {
     /// The request in a chain breaks the device's rules.
     #[error("{0}")]
     Request(&'static str),
+    /// The record of requests in flight is not this queue's.
+    #[error(transparent)]
+    Record(#[from] RecordFault),
     /// The VM's memory file was cut short.
     #[error("the VM's memory file was truncated")]
     MemoryLost,
@@ -167,7 +171,7 @@ impl<E: DmaEngine> Mirror<E> {
     ) -> std::io::Result<Self> {
         let at = QueueAddresses { descriptors: start.descriptors, driver: start.driver, device: start.device };
         if start.features & features::RING_PACKED != 0 {
-            let parts = packed::PackedMirror::new(start, at, &mut layout);
+            let parts = packed::PackedMirror::new(start, at, &mut layout).map_err(std::io::Error::other)?;
             Ok(Self { engine: engine(CardMemory::new(layout.bytes())?), ring: Ring::Packed(parts) })
         } else {
             let parts = split::SplitMirror::new(start, at, &mut layout);
@@ -213,12 +217,18 @@ impl<E: DmaEngine> Mirror<E> {
         }
     }
 
-    /// Stages the used entry of a chain; `written` bytes of it were written.
+    /// Stages the used entry of a chain; `written` bytes of it were written. For a queue without a record of what is in flight.
     #[inline]
     pub fn stage_used(&mut self, id: u16, slots: u16, written: u32) {
+        self.stage_recorded(id, slots, written, id);
+    }
+
+    /// The same for a queue that may have one, where it calls the chain `entry`.
+    #[inline]
+    pub fn stage_recorded(&mut self, id: u16, slots: u16, written: u32, entry: u16) {
         match &mut self.ring {
             Ring::Split(ring) => ring.stage_used(&self.engine, id, written),
-            Ring::Packed(ring) => ring.stage_used(&self.engine, id, slots, written),
+            Ring::Packed(ring) => ring.stage_used(&self.engine, id, slots, written, entry),
         }
     }
 
@@ -252,6 +262,16 @@ impl<E: DmaEngine> Mirror<E> {
         match &self.ring {
             Ring::Split(ring) => ring.is_fetching(),
             Ring::Packed(ring) => ring.is_fetching(),
+        }
+    }
+
+    /// Whether there are requests in flight from before the queue started that were not fetched yet, or this is not known yet.
+    #[inline]
+    #[must_use]
+    pub fn is_resuming(&self) -> bool {
+        match &self.ring {
+            Ring::Split(ring) => ring.is_resuming(),
+            Ring::Packed(ring) => ring.is_resuming(),
         }
     }
 

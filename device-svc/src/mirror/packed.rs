@@ -4,9 +4,12 @@
 //! next place on, as many as the batch before took. A batch of used descriptors becomes visible with the flags of its first
 //! one, which are written last.
 
+use std::collections::VecDeque;
+
 use super::{CardLayout, FETCH_MAX, FETCH_WHOLE_MAX, Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
+use crate::inflight::{PackedRecord, RecordFault, RecordedChain};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place};
 use crate::virtqueue::{
@@ -41,11 +44,12 @@ struct Found {
     table_count: u32,
 }
 
-/// A used descriptor that is staged: its slot and flags.
+/// A used descriptor that is staged: its slot and flags, and what the record calls its chain.
 #[derive(Clone, Copy)]
 struct Staged {
     slot: u16,
     flags: u16,
+    entry: u16,
 }
 
 struct Places {
@@ -78,10 +82,26 @@ pub(super) struct PackedMirror {
     publishing: Option<(Ticket, u16)>,
     event_index: bool,
     arming: Option<Ticket>,
+    recorded: Option<Box<Recorded>>,
+}
+
+/// What a queue has whose requests in flight are recorded.
+struct Recorded {
+    record: PackedRecord,
+    /// The record is still to be taken up; the copy that it waits for is on its way, if it was asked for.
+    attaching: Option<Option<Ticket>>,
+    /// Requests that were in flight before, and are fetched again before anything new.
+    again: VecDeque<RecordedChain>,
+    /// The batch under way is of those.
+    is_again: bool,
 }
 
 impl PackedMirror {
-    pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Self {
+    pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Result<Self, RecordFault> {
+        let recorded = start.inflight.as_ref().map(|record| -> Result<_, RecordFault> {
+            let record = PackedRecord::new(record, start.size)?;
+            Ok(Box::new(Recorded { record, attaching: Some(None), again: VecDeque::new(), is_again: false }))
+        });
         let size = u32::from(start.size);
         let places = Places {
             event: layout.take(4),
@@ -94,7 +114,7 @@ impl PackedMirror {
         let position = start.position;
         let next_avail = Place { slot: position.next_avail, wrap: position.avail_wrap };
         let next_used = Place { slot: position.next_used, wrap: position.used_wrap };
-        Self {
+        Ok(Self {
             ring: PackedRing::new(start.size, at, next_avail, next_used),
             places,
             walk: ChainWalk::new(start.features & features::INDIRECT != 0),
@@ -110,7 +130,100 @@ impl PackedMirror {
             publishing: None,
             event_index: start.features & features::EVENT_INDEX != 0,
             arming: None,
+            recorded: recorded.transpose()?,
+        })
+    }
+
+    /// Takes the record up before anything else is done. Returns whether that is done.
+    #[cold]
+    fn attach<E: DmaEngine>(&mut self, engine: &mut E) -> Result<bool, QueueFault> {
+        let Some(recorded) = &mut self.recorded else { return Ok(true) };
+        let Some(asked) = recorded.attaching else { return Ok(true) };
+        let ticket = match asked {
+            Some(ticket) => ticket,
+            None => {
+                let slot = self.ring.descriptor_at(recorded.record.doubtful_slot());
+                engine.read_index(Iova(slot.0.wrapping_add(u64::from(FLAGS))), self.places.event)?;
+                engine.submit()
+            }
+        };
+        recorded.attaching = Some(Some(ticket));
+        if engine.landed()? < ticket {
+            return Ok(false);
         }
+        let flags = engine.card().get::<u16>(self.places.event);
+        if let Some((used, again)) = recorded.record.attach(self.ring.size(), self.ring.next_used(), flags)? {
+            // The front end cannot know after we died; it says what it said when the queue started first.
+            self.ring.go_on_at(used);
+            for chain in &again {
+                self.ring.take(chain.descriptors.len() as u16)?;
+            }
+            recorded.again = again.into();
+            recorded.attaching = None;
+            self.take_back_used(engine, used)?;
+        }
+        if let Some(recorded) = &mut self.recorded {
+            recorded.attaching = None;
+        }
+        Ok(true)
+    }
+
+    /// Marks all slots in flight, from the next used place on, as available again. A batch that was not published may have left used
+    /// descriptors behind its first slot, where the driver would find them as soon as it comes there.
+    #[cold]
+    fn take_back_used<E: DmaEngine>(&mut self, engine: &mut E, used: Place) -> Result<(), QueueFault> {
+        let size = self.ring.size();
+        let flags = |wrap: bool| self.places.used.add(2 * u32::from(wrap));
+        for wrap in [false, true] {
+            // Nothing is staged before these copies have landed: chains are fetched behind them.
+            engine.card().put(flags(wrap), PackedRing::available_flags(wrap));
+        }
+        for ahead in 0..self.ring.taken_slots() {
+            let place = used.advance(ahead, size);
+            let to = Iova(self.ring.descriptor_at(place.slot).0.wrapping_add(u64::from(FLAGS)));
+            engine.write_index(flags(place.wrap), to)?;
+        }
+        engine.submit();
+        Ok(())
+    }
+
+    /// Whether the record is as far as the ring. A batch that is on its way to the driver comes first: its entries may be filled
+    /// again only when it is there.
+    #[inline]
+    fn settle_record(&mut self, landed: Ticket) -> bool {
+        if let Some(recorded) = &mut self.recorded
+            && let Some((ticket, _)) = self.publishing
+        {
+            if landed < ticket {
+                return false;
+            }
+            recorded.record.complete();
+        }
+        true
+    }
+
+    pub(super) fn is_resuming(&self) -> bool {
+        let resuming = |recorded: &Recorded| recorded.attaching.is_some() || !recorded.again.is_empty();
+        self.recorded.as_ref().is_some_and(|recorded| resuming(recorded))
+    }
+
+    /// Puts the descriptors of requests that were in flight before where slots are fetched to. Returns whether there are any.
+    fn request_again<E: DmaEngine>(&mut self, engine: &E, budget: u16) -> bool {
+        let Some(recorded) = &mut self.recorded else { return false };
+        recorded.is_again = !recorded.again.is_empty();
+        // All were on the ring together, so they fit.
+        let mut slot = 0;
+        (self.found_count, self.found_slots, self.fetched_slots) = (0, 0, 0);
+        for chain in recorded.again.iter().take(budget.into()) {
+            let found = Found { first: slot, slots: chain.descriptors.len() as u16, ..Found::default() };
+            for descriptor in &chain.descriptors {
+                engine.card().put(self.places.descriptors.add(16 * u32::from(slot)), *descriptor);
+                slot += 1;
+            }
+            self.found[usize::from(self.found_count)] = found;
+            self.found_count += 1;
+        }
+        recorded.is_again
     }
 
     #[inline]
@@ -120,6 +233,10 @@ impl PackedMirror {
         budget: u16,
         mut sink: impl FnMut(&mut E, Chain<'_>),
     ) -> Result<Fetched, QueueFault> {
+        if self.recorded.as_ref().is_some_and(|recorded| recorded.attaching.is_some()) {
+            self.attach(engine)?;
+            return Ok(Fetched::Waiting);
+        }
         loop {
             match self.fetching {
                 Fetching::Idle => {
@@ -128,6 +245,11 @@ impl PackedMirror {
                     }
                     // A wish for a doorbell that was not seen through is made again.
                     self.arming = None;
+                    if self.request_again(engine, budget) {
+                        self.request_tables(engine)?;
+                        self.fetching = Fetching::Tables(engine.submit());
+                        continue;
+                    }
                     // How much waits is not known before it is fetched: where the batch before was whole, probably more.
                     let most = if self.was_full { FETCH_MAX } else { FETCH_WHOLE_MAX };
                     (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget.min(most), 0, 0, 0);
@@ -155,7 +277,8 @@ impl PackedMirror {
                     self.fetching = Fetching::Tables(engine.submit());
                 }
                 Fetching::Tables(ticket) => {
-                    if engine.landed()? < ticket {
+                    let landed = engine.landed()?;
+                    if landed < ticket || !self.settle_record(landed) {
                         return Ok(Fetched::Waiting);
                     }
                     self.fetching = Fetching::Idle;
@@ -269,19 +392,34 @@ impl PackedMirror {
                 }
                 place = place.advance(1, size);
             }
-            self.ring.take(found.slots)?;
-            sink(engine, self.walk.chain(id, found.slots));
+            let mut entry = id;
+            match &mut self.recorded {
+                Some(recorded) if recorded.is_again => {
+                    entry = recorded.again.pop_front().map_or(0, |chain| chain.entry);
+                }
+                Some(recorded) => {
+                    self.ring.take(found.slots)?;
+                    let (card, at) = (engine.card(), self.places.descriptors);
+                    let descriptors = (0..found.slots).map(|ahead| {
+                        let place = Place { slot: found.first, wrap: true }.advance(ahead, size);
+                        card.get::<PackedDescriptor>(at.add(16 * u32::from(place.slot)))
+                    });
+                    entry = recorded.record.mark(found.slots, descriptors);
+                }
+                None => self.ring.take(found.slots)?,
+            }
+            sink(engine, Chain { entry, ..self.walk.chain(id, found.slots) });
         }
         Ok(())
     }
 
     #[inline]
-    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32) {
+    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32, entry: u16) {
         let place = self.ring.stage_used(slots);
         let flags = PackedRing::used_flags(place, written > 0);
         let used = PackedDescriptor { address: 0, length: written, id, flags };
         engine.card().put(self.places.used.add(16 * u32::from(place.slot)), used);
-        self.staged.push(Staged { slot: place.slot, flags });
+        self.staged.push(Staged { slot: place.slot, flags, entry });
     }
 
     #[inline]
@@ -291,6 +429,13 @@ impl PackedMirror {
             self.write_behind_first(engine)?;
             let from = self.places.used.add(16 * u32::from(first.slot));
             engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
+            if let Some(recorded) = &mut self.recorded {
+                // The flags are queued behind this, so they land behind it.
+                for staged in &self.staged {
+                    recorded.record.link(staged.entry);
+                }
+                recorded.record.linked(self.ring.next_used());
+            }
             engine.card().put(self.places.first_flags, first.flags);
             let flags_at = Iova(self.ring.descriptor_at(first.slot).0.wrapping_add(u64::from(FLAGS)));
             engine.write_index(self.places.first_flags, flags_at)?;
@@ -309,6 +454,9 @@ impl PackedMirror {
         let Some((ticket, slots)) = self.publishing else { return Ok(None) };
         if engine.landed()? < ticket {
             return Ok(None);
+        }
+        if let Some(recorded) = &mut self.recorded {
+            recorded.record.complete();
         }
         self.publishing = None;
         // Slots that were staged in the meantime lie behind those published.
@@ -353,7 +501,7 @@ impl PackedMirror {
     }
 
     pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.is_fetching() {
+        if self.is_fetching() || self.is_resuming() {
             return Ok(Some(false));
         }
         let next = self.ring.next_avail();

@@ -4,9 +4,12 @@
 //! so the run from the first head to the last is fetched in one copy, as long as the chain before was for each. What was
 //! guessed wrong is fetched in further rounds.
 
+use std::collections::VecDeque;
+
 use super::{Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
+use crate::inflight::SplitRecord;
 use crate::link::{QueuePosition, QueueStart};
 use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
 use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, Run, SplitRing, passes_event};
@@ -93,6 +96,16 @@ pub(super) struct SplitMirror {
     arming: Option<Ticket>,
     /// The used index must be read from the ring first.
     used_unknown: bool,
+    recorded: Option<Box<Recorded>>,
+}
+
+/// What a queue has whose requests in flight are recorded.
+struct Recorded {
+    record: SplitRecord,
+    /// Heads of requests that were in flight before, and are fetched again before anything new.
+    again: VecDeque<u16>,
+    /// The batch under way is of those.
+    is_again: bool,
 }
 
 impl SplitMirror {
@@ -124,6 +137,9 @@ impl SplitMirror {
             event_index: start.features & features::EVENT_INDEX != 0,
             arming: None,
             used_unknown: true,
+            recorded: start.inflight.as_ref().map(|record| {
+                Box::new(Recorded { record: SplitRecord::new(record), again: VecDeque::new(), is_again: false })
+            }),
         }
     }
 
@@ -145,8 +161,34 @@ impl SplitMirror {
         self.fetching = Fetching::Idle;
         let used = engine.card().get::<u16>(self.places.used_index);
         self.ring.start_used_at(used);
+        if let Some(recorded) = &mut self.recorded
+            && let Some(again) = recorded.record.attach(used, self.ring.size())?
+        {
+            // What a front end says of the available index after we died is the used index, or older than that.
+            self.ring.go_on_behind(again.len() as u16);
+            recorded.again = again.into();
+        }
         self.used_unknown = false;
         Ok(true)
+    }
+
+    /// Whether the record is as far as the ring. A batch that is on its way to the driver comes first: its heads are the driver's
+    /// again once it is there, and one of them may be fetched anew.
+    #[inline]
+    fn settle_record(&mut self, landed: Ticket) -> bool {
+        if let Some(recorded) = &mut self.recorded
+            && let Publishing::Waiting { ticket, new, .. } = self.publishing
+        {
+            if landed < ticket {
+                return false;
+            }
+            recorded.record.complete(new);
+        }
+        true
+    }
+
+    pub(super) fn is_resuming(&self) -> bool {
+        self.recorded.as_ref().is_some_and(|recorded| self.used_unknown || !recorded.again.is_empty())
     }
 
     #[inline]
@@ -156,7 +198,7 @@ impl SplitMirror {
         budget: u16,
         mut sink: impl FnMut(&mut E, Chain<'_>),
     ) -> Result<Fetched, QueueFault> {
-        if self.used_unknown && !self.learn_used_index(engine)? {
+        if self.used_unknown && (!self.learn_used_index(engine)? || self.recorded.is_some()) {
             return Ok(Fetched::Waiting);
         }
         loop {
@@ -167,6 +209,10 @@ impl SplitMirror {
                     }
                     // A wish for a doorbell that was not seen through is made again.
                     self.arming = None;
+                    if let Some(count) = self.request_again(engine, budget) {
+                        self.fetching = Fetching::Entries(Ticket::default(), count);
+                        continue;
+                    }
                     // What is known to wait is taken first; the index is read again only when that is used up, which also
                     // keeps the line of the driver's index with the driver.
                     if self.ring.known_available() > 0 {
@@ -195,7 +241,8 @@ impl SplitMirror {
                     self.fetching = Fetching::Descriptors(engine.submit(), count);
                 }
                 Fetching::Descriptors(ticket, count) => {
-                    if engine.landed()? < ticket {
+                    let landed = engine.landed()?;
+                    if landed < ticket || !self.settle_record(landed) {
                         return Ok(Fetched::Waiting);
                     }
                     self.deliver(engine, count, &mut sink)?;
@@ -214,6 +261,17 @@ impl SplitMirror {
                 }
             }
         }
+    }
+
+    /// Puts heads of requests that were in flight before where available entries are fetched to. Returns how many.
+    fn request_again<E: DmaEngine>(&mut self, engine: &E, budget: u16) -> Option<u16> {
+        let recorded = self.recorded.as_mut()?;
+        recorded.is_again = !recorded.again.is_empty();
+        let count = recorded.again.len().min(budget.into());
+        for (index, head) in recorded.again.iter().take(count).enumerate() {
+            engine.card().put(self.places.entries.add(2 * index as u32), *head);
+        }
+        recorded.is_again.then_some(count as u16)
     }
 
     fn request_entries<E: DmaEngine>(&self, engine: &mut E, count: u16) -> Result<Ticket, QueueFault> {
@@ -380,7 +438,14 @@ impl SplitMirror {
                 }
                 None => return Ok(()),
             }
-            self.ring.take(1);
+            match &mut self.recorded {
+                Some(recorded) if recorded.is_again => drop(recorded.again.pop_front()),
+                Some(recorded) => {
+                    recorded.record.mark(head);
+                    self.ring.take(1);
+                }
+                None => self.ring.take(1),
+            }
             self.delivered += 1;
             sink(engine, self.walk.chain(head, 1));
         }
@@ -407,6 +472,16 @@ impl SplitMirror {
                     engine.write(from, self.ring.used_element_at(slot), 8 * u32::from(count))?;
                 }
             }
+            if let Some(recorded) = &mut self.recorded {
+                // The index is queued behind this, so it lands behind it.
+                for Run { slot, count } in self.ring.staged_runs() {
+                    for slot in slot..slot + count {
+                        let at = self.places.used.add(8 * u32::from(slot));
+                        recorded.record.link(engine.card().get::<UsedElement>(at).id as u16);
+                    }
+                }
+                recorded.record.linked();
+            }
             let (old, new) = self.ring.publish();
             engine.card().put(self.places.used_index, new);
             engine.write_index(self.places.used_index, self.ring.used_index_at())?;
@@ -420,6 +495,9 @@ impl SplitMirror {
         let Publishing::Waiting { ticket, old, new } = self.publishing else { return Ok(None) };
         if engine.landed()? < ticket {
             return Ok(None);
+        }
+        if let Some(recorded) = &mut self.recorded {
+            recorded.record.complete(new);
         }
         self.publishing = Publishing::Idle;
         let event = engine.card().get::<u16>(self.places.driver_event);
@@ -439,7 +517,7 @@ impl SplitMirror {
     }
 
     pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.is_fetching() || self.used_unknown {
+        if self.is_fetching() || self.used_unknown || self.is_resuming() {
             return Ok(Some(false));
         }
         let ticket = match self.arming.take() {

@@ -29,6 +29,8 @@ pub struct Chain<'a> {
     pub id: u16,
     /// How many ring slots it took (packed; 1 on a split ring).
     pub slots: u16,
+    /// What the record of requests in flight calls it, where there is one.
+    pub entry: u16,
     /// The buffers, readable ones first; none is empty.
     pub segments: &'a [Segment],
     /// How many of them are readable.
@@ -237,6 +239,7 @@ impl ChainWalk {
         Chain {
             id,
             slots,
+            entry: id,
             segments: &self.segments[..self.sums.count],
             readable: self.sums.readable,
             readable_bytes: self.sums.readable_bytes,

@@ -70,6 +70,13 @@ impl PackedRing {
         Self { size, at, next_avail, next_used, staged_slots: 0, taken_slots: 0 }
     }
 
+    /// The next used descriptor goes to `place`, and nothing behind it was taken yet. Only before the first is taken.
+    pub const fn go_on_at(&mut self, place: Place) {
+        assert!(place.slot < self.size);
+        self.next_avail = place;
+        self.next_used = place;
+    }
+
     /// Slots.
     #[inline]
     #[must_use]
@@ -96,6 +103,13 @@ impl PackedRing {
     #[must_use]
     pub const fn is_available(flags: u16, place: Place) -> bool {
         (flags & AVAIL != 0) == place.wrap && (flags & USED != 0) != place.wrap
+    }
+
+    /// The availability bits of a descriptor that is available at a place with this wrap counter.
+    #[inline]
+    #[must_use]
+    pub const fn available_flags(wrap: bool) -> u16 {
+        if wrap { AVAIL } else { USED }
     }
 
     /// Takes a chain of `slots` (at most the ring's) off the ring.
@@ -127,6 +141,13 @@ impl PackedRing {
     pub const fn used_flags(place: Place, written: bool) -> u16 {
         let marks = if place.wrap { AVAIL | USED } else { 0 };
         marks | if written { super::DESCRIPTOR_WRITE } else { 0 }
+    }
+
+    /// Slots that were taken and are not yet published as used.
+    #[inline]
+    #[must_use]
+    pub const fn taken_slots(&self) -> u16 {
+        self.taken_slots
     }
 
     /// Slots that are staged and not yet published.

@@ -68,6 +68,13 @@ impl SplitRing {
         self.published_used = used;
     }
 
+    /// So many entries, from the used index on, were taken by somebody before and not used; the available index goes on behind
+    /// them. Only before the first is taken.
+    pub fn go_on_behind(&mut self, taken: u16) {
+        self.next_avail = self.next_used.wrapping_add(taken);
+        self.seen_avail = self.next_avail;
+    }
+
     /// Entries.
     #[inline]
     #[must_use]

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
@@ -18,6 +19,10 @@ use super::{DirectIo, FileSettings};
 
 /// Logical block size of a regular file, bytes: what every guest can boot from.
 const FILE_BLOCK_BYTES: u32 = 512;
+
+/// How long a file's lock is waited for, and how often it is looked at.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(5);
 
 /// Largest logical block size that a virtio-blk driver has to know, bytes.
 const BLOCK_BYTES_MAX: u32 = 4096;
@@ -86,6 +91,22 @@ fn refused(path: &Path, why: impl std::fmt::Display) -> BackendError {
     BackendError::Refused(format!("{}: {why}", path.display()))
 }
 
+/// Locks a file. The requests of a process that has just been killed may still be under way in the kernel, and the kernel keeps
+/// their file open and locked until they have ended: so the lock is waited for, and whoever has it knows that nothing of the process
+/// before can still land.
+fn lock(mut file: File, kind: FlockArg) -> Result<Flock<File>, Errno> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match Flock::lock(file, kind) {
+            Ok(locked) => return Ok(locked),
+            Err((again, Errno::EWOULDBLOCK)) if waited < LOCK_PATIENCE => file = again,
+            Err((_, errno)) => return Err(errno),
+        }
+        std::thread::sleep(LOCK_LOOK);
+        waited += LOCK_LOOK;
+    }
+}
+
 impl OpenFile {
     pub(super) fn open(settings: &FileSettings) -> Result<Self, BackendError> {
         let path = settings.path.as_path();
@@ -108,7 +129,7 @@ impl OpenFile {
             return Err(refused(path, "is neither a regular file nor a block device"));
         }
         let kind = if settings.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-        let file = Flock::lock(file, kind).map_err(|(_, errno)| match errno {
+        let file = lock(file, kind).map_err(|errno| match errno {
             Errno::EWOULDBLOCK => BackendError::Unavailable(format!(
                 "{}: is in use as a volume, here or by another process (`lslocks` or `fuser -v {}` shows which); stop that, \
                  or open it read-only everywhere",

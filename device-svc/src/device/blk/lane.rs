@@ -249,6 +249,10 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         if !self.landing.is_empty() || !self.queue.is_at_rest() {
             return false;
         }
+        // What is still to be issued again goes on as far as there is room.
+        if self.queue.mirror.is_resuming() && self.rows.free_count() > 0 && !self.queue.ring_gone {
+            return false;
+        }
         !self.in_channel() || (self.payload == PayloadPlace::Card && now >= until)
     }
 
@@ -257,7 +261,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     fn has_parked(&self) -> bool {
-        self.rows.in_use() > 0
+        self.rows.in_use() > 0 || self.queue.mirror.is_resuming()
     }
 
     fn abandon(&mut self) {

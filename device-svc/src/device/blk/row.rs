@@ -51,6 +51,8 @@ pub(super) struct Row {
     /// The chain's id and slots.
     pub(super) id: u16,
     pub(super) slots: u16,
+    /// What the record of requests in flight calls it.
+    pub(super) entry: u16,
     /// Where the status byte goes.
     pub(super) status_at: Iova,
     pub(super) status: Status,
@@ -87,6 +89,7 @@ impl Row {
             stage: Stage::Free,
             id: 0,
             slots: 0,
+            entry: 0,
             status_at: Iova(0),
             status: Status::Ok,
             readable: 0,

@@ -147,6 +147,7 @@ impl Bed {
                 position: QueuePosition::fresh(accepted & features::RING_PACKED != 0),
                 features: accepted,
                 port: Box::new(SilentPort),
+                inflight: None,
             };
             crate::mirror::check_addresses(&start, &table).unwrap();
             let place = LanePlace {

@@ -210,6 +210,7 @@ impl ShownFunction {
             position: queue.position.unwrap_or_else(|| QueuePosition::fresh(packed)),
             features: device_features,
             port: Box::new(port),
+            inflight: None,
         };
         tracing::debug!(function = %self.name, queue = number, ?start.position, start.size, "a queue starts");
         self.function.start_queue(start).map_err(|why| why.to_string())?;

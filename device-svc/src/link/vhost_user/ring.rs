@@ -8,6 +8,7 @@
 use super::port::EventPort;
 use super::regions::Regions;
 use crate::address::{FrontEndAddress, Iova};
+use crate::inflight::QueueRecord;
 use crate::link::event::{Bell, Event};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::{QUEUE_SIZE_MAX, features};
@@ -93,7 +94,13 @@ impl Ring {
     }
 
     /// What the function needs to run it.
-    pub(super) fn start(&self, index: u16, regions: &Regions, accepted: u64) -> Result<QueueStart, String> {
+    pub(super) fn start(
+        &self,
+        index: u16,
+        regions: &Regions,
+        accepted: u64,
+        inflight: Option<QueueRecord>,
+    ) -> Result<QueueStart, String> {
         let Some(addresses) = self.addresses else { return Err("it has no addresses".to_owned()) };
         let translate = |address| {
             regions.translate(address).ok_or_else(|| format!("{:#x} is outside the shared memory", address.0))
@@ -111,6 +118,7 @@ impl Ring {
             position,
             features: accepted,
             port: Box::new(port),
+            inflight,
         })
     }
 }

@@ -23,6 +23,7 @@ use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{CardAddress, FrontEndAddress, Iova};
 use crate::dma::{CardMemory, CopyEngine, DmaEngine, HostMemory};
+use crate::inflight::{AreaError, AreaShape, RecordArea};
 use crate::link::event::Event;
 use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart};
 use crate::virtqueue::features;
@@ -71,6 +72,8 @@ struct Session {
     regions: Regions,
     rings: Vec<Ring>,
     accepted: u64,
+    /// The record of requests in flight, where the front end keeps one.
+    inflight: Option<RecordArea>,
     protocol: bool,
     /// REPLY_ACK was negotiated.
     replies: bool,
@@ -91,6 +94,7 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         regions: Regions::default(),
         rings: std::iter::repeat_with(Ring::default).take(rings).collect(),
         accepted: 0,
+        inflight: None,
         protocol: false,
         replies: false,
     };
@@ -199,7 +203,9 @@ impl Session {
 
     fn start(&self, number: u16) -> std::result::Result<(), String> {
         let accepted = self.accepted & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let mut start = self.rings[usize::from(number)].start(number, &self.regions, accepted)?;
+        let record = self.inflight.as_ref().map(|area| area.queue(number, self.packed())).transpose();
+        let record = record.map_err(|why| why.to_string())?;
+        let mut start = self.rings[usize::from(number)].start(number, &self.regions, accepted, record)?;
         if self.packed() && start.position == QueuePosition::default() && !was_used(&start, self.regions.memory()) {
             start.position = QueuePosition::fresh(true);
         }
@@ -241,7 +247,17 @@ impl Session {
         }
     }
 
+    /// What a front end says of the record, checked.
+    fn record_shape(&self, said: &VhostUserInflight) -> std::result::Result<AreaShape, AreaError> {
+        let shape = AreaShape { queues: said.num_queues, size: said.queue_size, packed: self.packed() };
+        shape.check(self.function.queue_count(), self.function.queue_size_max())
+    }
+
     fn forget(&mut self) {
+        // A front end that keeps its record over a reset shall not find in it what was before.
+        if let Some(area) = self.inflight.take() {
+            area.forget();
+        }
         for ring in &mut self.rings {
             *ring = Ring::default();
         }
@@ -293,7 +309,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Of a network function the front end has the configuration, and complains about one that is offered.
         let kind = match self.function.network() {
             Some(_) => VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU,
-            None => VhostUserProtocolFeatures::CONFIG,
+            // Frames in flight may be lost; requests to a disk may not.
+            None => VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
         };
         Ok(kind
             | VhostUserProtocolFeatures::MQ
@@ -449,6 +466,28 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Taken when the message was peeked at; the crate's own handle cannot say what there is to say.
     }
 
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let made = self.record_shape(wanted).and_then(|shape| Ok((shape.bytes(), shape.create()?)));
+        let (bytes, file) = made.map_err(|why| {
+            self.refuse("an inflight record", why);
+            // The answer is a record; there is none that says no.
+            Error::InvalidParam
+        })?;
+        Ok((VhostUserInflight::new(bytes, 0, wanted.num_queues, wanted.queue_size), file))
+    }
+
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let area = self
+            .record_shape(given)
+            .and_then(|shape| RecordArea::open(&file, given.mmap_offset, given.mmap_size, shape))
+            .map_err(|why| self.refuse("an inflight record", why))?;
+        self.inflight = Some(area);
+        for number in 0..self.rings.len() as u16 {
+            self.settle(number, true)?;
+        }
+        Ok(())
+    }
+
     // What follows belongs to features that are not offered; a front end that asks all the same is refused.
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
@@ -456,14 +495,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
-        Err(Error::InvalidMessage)
-    }
-
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidMessage)
-    }
-
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
         Err(Error::InvalidMessage)
     }
 

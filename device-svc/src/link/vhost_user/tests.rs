@@ -5,4 +5,5 @@ mod bad_input;
 mod fake;
 mod meeting;
 mod raw;
+mod record;
 mod talk;

@@ -106,6 +106,7 @@ fn split_chain<E: DmaEngine>(
 ) -> Result<(), QueueFault> {
     row.id = chain.id;
     row.slots = chain.slots;
+    row.entry = chain.entry;
     row.status = Status::Ok;
     row.data.clear();
     row.vectors.clear();

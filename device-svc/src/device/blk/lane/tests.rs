@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 //! One lane, driven turn by turn in one thread, with a guest on the other side of its memory.
 
+mod death;
 mod simulation;
 
 use std::os::fd::RawFd;
@@ -97,6 +98,7 @@ impl Bed {
             position: QueuePosition { avail_wrap: first_lap, used_wrap: first_lap, ..QueuePosition::default() },
             features: accepted,
             port: Box::new(CountingPort(Arc::clone(&interrupts))),
+            inflight: None,
         };
         crate::mirror::check_addresses(&start, &table).unwrap();
         let faults = Arc::new(Faults::default());

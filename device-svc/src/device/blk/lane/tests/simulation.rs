@@ -178,6 +178,7 @@ fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, reac
         position: QueuePosition { avail_wrap: first_lap, used_wrap: first_lap, ..QueuePosition::default() },
         features: accepted,
         port: Box::new(CountingPort::default()),
+        inflight: None,
     };
     let faults = Arc::new(Faults::default());
     let report = Arc::clone(&faults) as Arc<dyn FaultReport>;
@@ -331,6 +332,7 @@ fn go<E: DmaEngine>(
                 position: lane.position(),
                 features: 0,
                 port: Box::new(CountingPort::default()),
+                inflight: None,
             });
             stopping = false;
         }
