@@ -1,14 +1,19 @@
 //! `device-svc serve`: the card's process, from its signals to its last breath.
 
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use device_svc::config::Config;
 use device_svc::control::open_backend::{open_backend, open_uplink};
-use device_svc::control::serve::Card;
+use device_svc::control::serve::{Card, Update};
 use device_svc::control::starter::start_reactors;
+use device_svc::keeper;
+use device_svc::tether::Tether;
 use nix::sys::signal::{SigSet, Signal};
 use tokio::sync::watch;
 
@@ -16,8 +21,24 @@ use super::arguments::Serve;
 use super::client::parse_address;
 use super::output::print;
 
+/// Serves until told to stop, as the keeper of the process that does.
+pub(crate) fn serve(serve: &Serve) -> Result<ExitCode> {
+    if serve.kept || serve.no_keeper {
+        return serve_card(serve).map(|()| ExitCode::SUCCESS);
+    }
+    Ok(keeper::run(|| notify_systemd("READY=1"))?)
+}
+
+/// The service's end of what leads to its keeper, which started it with that as standard input.
+fn tether() -> Result<Arc<Tether>> {
+    // Without a keeper there is nobody who would start another; ended by this, the service ends in good order.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).context("follow the keeper")?;
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().context("reach the keeper")?;
+    Ok(Arc::new(Tether::new(socket)))
+}
+
 /// Serves until told to stop.
-pub(crate) fn serve(serve: &Serve) -> Result<()> {
+fn serve_card(serve: &Serve) -> Result<()> {
     // Before any thread is spawned, so that every one of them is born with these blocked: they end the card between turns,
     // and only the thread below takes them.
     let mut signals = SigSet::empty();
@@ -25,8 +46,10 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
     signals.add(Signal::SIGINT);
     signals.thread_block().context("block signals")?;
     let (stop, stopping) = watch::channel(false);
+    let stop = Arc::new(stop);
+    let to_stop = Arc::clone(&stop);
     let taker = std::thread::Builder::new().name("signals".to_owned());
-    taker.spawn(move || take_signals(&signals, &stop)).context("start the thread that takes signals")?;
+    taker.spawn(move || take_signals(&signals, &to_stop)).context("start the thread that takes signals")?;
 
     let mut config = match &serve.config {
         Some(path) => Config::load(path)?,
@@ -36,24 +59,37 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
         config.control.listen = parse_address(serve.control.as_deref())?;
         config.control.shim = config.control.listen.shim_beside();
     }
+    let tether = serve.kept.then(tether).transpose()?;
+    if let Some(tether) = tether.as_ref().filter(|_| serve.stand_by) {
+        tether.stand_by()?;
+    }
     device_svc::dma::install_bus_fault_guard().context("install the guard against truncated VM memory")?;
 
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
     let served: Result<()> = runtime.block_on(async {
-        let starter = start_reactors(&config.reactors)?;
-        let card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
+        let starter = start_reactors(&config.reactors, tether.clone())?;
+        let mut card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
+        if let Some(tether) = &tether {
+            card.can_be_updated(Update { tether: Arc::clone(tether), stop: stop.clone() });
+        }
         let ready = ready_line(&config, &card);
         card.serve(config, stopping, || {
             tracing::info!("{ready}");
             // Whoever started us may have closed its end; the card serves all the same.
             let _ = print(&format!("ready: {ready}\n"));
-            notify_systemd("READY=1");
+            match &tether {
+                None => notify_systemd("READY=1"),
+                // It has gone only if we are about to be told to stop.
+                Some(tether) => drop(tether.ready()),
+            }
         })
         .await?;
         Ok(())
     });
-    notify_systemd("STOPPING=1");
+    if tether.is_none() {
+        notify_systemd("STOPPING=1");
+    }
     // Threads that wait for a storage server do not keep the process.
     runtime.shutdown_background();
     served
