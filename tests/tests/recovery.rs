@@ -1,17 +1,18 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking")]
-//! The card's service is killed at any moment and started again; its front end keeps the record of what was in flight and hands it
-//! back. Nobody sees an error, nothing is lost, nothing is done twice.
+//! The card's service is killed at any moment and started again. Over vhost-user its front end keeps the record of what was in flight
+//! and hands it back; over vfio-user a keeper has it, and the connection. Nobody sees an error, nothing is lost, nothing is done twice.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use device_svc::driver::block::BlockQueue;
+use device_svc::driver::vfio_user::{Sharing, VfioUserDevice};
 use device_svc::driver::vhost_user::{FrontEnd, InflightRecord};
 use device_svc::driver::{GuestMemory, QueueEvents, QueueOptions};
 use device_svc::virtqueue::features;
 use nix::sys::signal::Signal;
-use tests::{Card, CardSettings, Process, boot_guest, rig, rounds};
+use tests::{Card, CardSettings, Process, boot_guest, rig, rounds, wait_for};
 
 const DISK: &str = r#"
 [[volume]]
@@ -31,6 +32,13 @@ const SECTORS: u64 = BLOCK_BYTES as u64 / 512;
 /// How long nothing may end.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
+/// The same over vfio-user.
+fn vfio_user_disk(more: &str) -> CardSettings {
+    let link = format!("vfio-user\", socket = \"@/f.sock\"{more}");
+    let parts = DISK.replace("vhost-user\", socket = \"@/f.sock\"", &link);
+    CardSettings { parts, keeper: true, ..CardSettings::default() }
+}
+
 /// What a row waits for.
 #[derive(Clone, Copy, Debug)]
 enum Awaited {
@@ -38,11 +46,18 @@ enum Awaited {
     Read(u64),
 }
 
+/// How it reaches the card.
+enum Link {
+    /// It connects again, and has the record.
+    VhostUser(Box<FrontEnd>, InflightRecord),
+    /// Its connection outlives the card.
+    VfioUser(Box<VfioUserDevice>),
+}
+
 /// A guest that outlives its connections: each row writes numbers to a block of its own, and reads them back.
 struct Verifier {
     memory: Arc<GuestMemory>,
-    front_end: FrontEnd,
-    record: InflightRecord,
+    link: Link,
     queue: BlockQueue,
     events: QueueEvents,
     rows: Vec<Option<Awaited>>,
@@ -59,13 +74,28 @@ impl Verifier {
         let mut front_end = FrontEnd::connect(socket, wanted, Arc::clone(&memory)).unwrap();
         let record = front_end.make_record(1, QUEUE_SIZE).unwrap();
         front_end.hand_over_record(&record).unwrap();
-        let options = QueueOptions { size: QUEUE_SIZE, features: front_end.accepted(), indirect: false };
-        let mut queue = BlockQueue::new(&memory, options, ROWS, BLOCK_BYTES);
+        let mut queue = Self::queue(&memory, front_end.accepted());
         let events = front_end.start_queue(0, QUEUE_SIZE, queue.queue()).unwrap();
+        Self::new(memory, Link::VhostUser(Box::new(front_end), record), queue, events)
+    }
+
+    fn connect_by_vfio_user(socket: &Path, wanted: u64, sharing: Sharing) -> Self {
+        let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());
+        let mut device = VfioUserDevice::connect(socket, wanted, Arc::clone(&memory), sharing).unwrap();
+        let mut queue = Self::queue(&memory, device.accepted());
+        let events = device.start_queue(0, QUEUE_SIZE, queue.queue()).unwrap();
+        Self::new(memory, Link::VfioUser(Box::new(device)), queue, events)
+    }
+
+    fn queue(memory: &Arc<GuestMemory>, accepted: u64) -> BlockQueue {
+        let options = QueueOptions { size: QUEUE_SIZE, features: accepted, indirect: false };
+        BlockQueue::new(memory, options, ROWS, BLOCK_BYTES)
+    }
+
+    fn new(memory: Arc<GuestMemory>, link: Link, queue: BlockQueue, events: QueueEvents) -> Self {
         Self {
             memory,
-            front_end,
-            record,
+            link,
             queue,
             events,
             rows: vec![None; ROWS as usize],
@@ -76,13 +106,21 @@ impl Verifier {
         }
     }
 
-    /// Comes again after the card's end: same memory, same rings, same record.
+    /// Comes again after the card's end, if it has to: same memory, same rings, same record.
     fn reconnect(&mut self, socket: &Path) {
-        let wanted = self.front_end.accepted();
-        self.front_end = FrontEnd::connect(socket, wanted, Arc::clone(&self.memory)).unwrap();
-        assert_eq!(self.front_end.accepted(), wanted);
-        self.front_end.hand_over_record(&self.record).unwrap();
-        self.events = self.front_end.start_queue(0, QUEUE_SIZE, self.queue.queue()).unwrap();
+        let Link::VhostUser(front_end, record) = &mut self.link else { return };
+        let wanted = front_end.accepted();
+        **front_end = FrontEnd::connect(socket, wanted, Arc::clone(&self.memory)).unwrap();
+        assert_eq!(front_end.accepted(), wanted);
+        front_end.hand_over_record(record).unwrap();
+        self.events = front_end.start_queue(0, QUEUE_SIZE, self.queue.queue()).unwrap();
+    }
+
+    fn stop(&mut self) {
+        match &mut self.link {
+            Link::VhostUser(front_end, _) => drop(front_end.stop_queue(0).unwrap()),
+            Link::VfioUser(device) => device.reset().unwrap(),
+        }
     }
 
     fn below(&mut self, limit: u64) -> u64 {
@@ -161,10 +199,9 @@ impl Verifier {
     }
 }
 
-fn survive(wanted: u64) {
-    let mut card = Card::start(&CardSettings { parts: DISK.to_owned(), ..CardSettings::default() });
+/// Kills the card in the middle of requests, again and again.
+fn survive(mut card: Card, mut verifier: Verifier, kill: impl Fn(&mut Card)) {
     let socket = card.path("f.sock");
-    let mut verifier = Verifier::connect(&socket, wanted);
     let mut under_way = 0;
     for _ in 0..rounds(5, 50, 2000) {
         let requests = verifier.below(300);
@@ -173,11 +210,9 @@ fn survive(wanted: u64) {
         verifier.fill();
         // Somewhere in the twenty requests that were published just now.
         std::thread::sleep(Duration::from_micros(verifier.below(400)));
-        card.process().signal(Signal::SIGKILL);
-        card.process().end();
+        kill(&mut card);
         verifier.take();
         under_way += verifier.queue.in_flight();
-        card.restart(Signal::SIGKILL);
         verifier.reconnect(&socket);
     }
     assert!(under_way > 0, "the card was never killed with a request under way");
@@ -186,7 +221,7 @@ fn survive(wanted: u64) {
     assert_eq!(verifier.queue.in_flight(), 0);
     let stats = card.stats();
     assert_eq!(stats["functions"][0]["errors"], 0, "{stats}");
-    verifier.front_end.stop_queue(0).unwrap();
+    verifier.stop();
     let disk = std::fs::read(card.path("disk")).unwrap();
     for (row, number) in verifier.blocks.iter().enumerate() {
         let at = row * BLOCK_BYTES as usize;
@@ -194,14 +229,42 @@ fn survive(wanted: u64) {
     }
 }
 
+fn survive_over_vhost_user(wanted: u64) {
+    let card = Card::start(&CardSettings { parts: DISK.to_owned(), ..CardSettings::default() });
+    let verifier = Verifier::connect(&card.path("f.sock"), wanted);
+    survive(card, verifier, |card| card.restart(Signal::SIGKILL));
+}
+
+fn survive_over_vfio_user(wanted: u64, sharing: Sharing, more: &str) {
+    let card = Card::start(&vfio_user_disk(more));
+    let verifier = Verifier::connect_by_vfio_user(&card.path("f.sock"), wanted, sharing);
+    survive(card, verifier, |card| {
+        let service = card.service_id();
+        card.kill_service(Signal::SIGKILL);
+        wait_for("another service", || card.service_id().is_some_and(|id| Some(id) != service));
+    });
+}
+
 #[test]
 fn a_card_that_is_killed_loses_nothing_of_a_split_ring() {
-    survive(features::EVENT_INDEX);
+    survive_over_vhost_user(features::EVENT_INDEX);
 }
 
 #[test]
 fn a_card_that_is_killed_loses_nothing_of_a_packed_ring() {
-    survive(features::EVENT_INDEX | features::RING_PACKED);
+    survive_over_vhost_user(features::EVENT_INDEX | features::RING_PACKED);
+}
+
+#[test]
+fn a_vmm_on_vfio_user_does_not_notice_that_the_service_is_killed() {
+    survive_over_vfio_user(features::EVENT_INDEX, Sharing::Whole, "");
+    survive_over_vfio_user(features::EVENT_INDEX | features::RING_PACKED, Sharing::Pages, "");
+}
+
+#[test]
+fn a_vmm_on_vfio_user_that_shares_no_memory_does_not_notice_either() {
+    survive_over_vfio_user(features::EVENT_INDEX, Sharing::Messages, "");
+    survive_over_vfio_user(features::EVENT_INDEX | features::RING_PACKED, Sharing::Messages, "");
 }
 
 #[test]

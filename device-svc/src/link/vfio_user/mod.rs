@@ -90,8 +90,7 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd) {
-        let mut served = self.claim();
+    fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd, mut served: Option<Served>) {
         // One count for each refusal that is under way, and ours.
         let refusals = Arc::new(());
         while !self.is_stopping() {
@@ -246,9 +245,11 @@ impl VfioUserLink {
             stopping: AtomicBool::new(false),
             connection: Mutex::new(None),
         });
+        // Before the service says that all is there: what nobody has claimed by then ends.
+        let claimed = shared.claim();
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
-        let thread =
-            std::thread::Builder::new().name(name).spawn(move || theirs.run(&listening, &wake)).map_err(system)?;
+        let run = move || theirs.run(&listening, &wake, claimed);
+        let thread = std::thread::Builder::new().name(name).spawn(run).map_err(system)?;
         Ok(Self { shared, thread: Some(thread), waker })
     }
 
