@@ -29,7 +29,7 @@ volume = "v"
 queues = 2
 "#
     );
-    Card::start(&CardSettings { parts, ..settings })
+    Card::start(&CardSettings { parts, keeper: true, ..settings })
 }
 
 /// The device as QEMU's command line and `device_add` name it.
