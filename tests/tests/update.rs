@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use device_svc::driver::vfio_user::Sharing;
 use device_svc::virtqueue::features;
-use tests::{Card, CardSettings, Process, Verifier, program, rounds};
+use tests::{Card, CardSettings, Process, Verifier, program, rounds, wait_for};
 
 const DISKS: &str = r#"
 [[volume]]
@@ -50,9 +50,9 @@ fn script(card: &Card, name: &str, text: &str) -> PathBuf {
 
 #[test]
 fn another_version_takes_over_and_gives_back() {
-    let card = card();
     let (this, next) = (program("device-svc"), program("device-svc-next"));
     for (ring, sharing) in [(0, Sharing::Whole), (features::RING_PACKED, Sharing::Pages)] {
+        let card = card();
         let wanted = features::EVENT_INDEX | ring;
         let mut kept = Verifier::connect_by_vfio_user(&card.path("f.sock"), wanted, sharing);
         let mut again = Verifier::connect(&card.path("g.sock"), wanted);
@@ -78,9 +78,9 @@ fn another_version_takes_over_and_gives_back() {
             verifier.fill();
             verifier.finish(&card.path(disk));
         }
+        let stats = card.stats();
+        assert!(stats["functions"].as_array().unwrap().iter().all(|function| function["errors"] == 0), "{stats}");
     }
-    let stats = card.stats();
-    assert!(stats["functions"].as_array().unwrap().iter().all(|function| function["errors"] == 0), "{stats}");
 }
 
 #[test]
@@ -120,8 +120,8 @@ fn who_does_not_get_to_serve_is_replaced_by_the_old_one() {
     let listen = format!("[control]\nmetrics = \"{}\"", taken.local_addr().unwrap());
     std::fs::write(&configuration, text.replace("[control]", &listen)).unwrap();
     let mut update = update(&card, &program("device-svc-next"));
+    wait_for("its end", || card.output().contains("did not get to serve"));
     // The old one reads it too: it goes on as soon as it can.
-    std::thread::sleep(Duration::from_millis(300));
     drop(taken);
     while update.is_running() {
         verifier.take();
@@ -130,6 +130,7 @@ fn who_does_not_get_to_serve_is_replaced_by_the_old_one() {
     assert!(!update.end().success());
     let said = update.output();
     assert!(said.contains("did not get to serve") && said.contains("goes on"), "{said}");
+    verifier.fill();
     verifier.go_on(100, true);
     verifier.finish(&card.path("disk"));
     assert!(
