@@ -1,5 +1,5 @@
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test fails by panicking")]
 //! A driver that knows what its disk must hold, and outlives the card's service.
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -26,7 +26,9 @@ pub(crate) fn serve(serve: &Serve) -> Result<ExitCode> {
     if serve.kept || serve.no_keeper {
         return serve_card(serve).map(|()| ExitCode::SUCCESS);
     }
-    Ok(keeper::run(|| notify_systemd("READY=1"))?)
+    let ended = keeper::run(|| notify_systemd("READY=1"));
+    notify_systemd("STOPPING=1");
+    Ok(ended?)
 }
 
 /// The service's end of what leads to its keeper, which started it with that as standard input.
