@@ -322,6 +322,7 @@ fn frames_that_find_no_room_are_given_again() {
     }
     let mut channel = tap.open_channel().unwrap();
     channel.enable(true);
+    bed.settle_all([TAP, "slow0", "slow1", "bridge0"]);
     let sndbuf: libc::c_int = 20_000;
     let holder = tap.device.state().made.holder.file.as_raw_fd();
     // SAFETY: this one reads an `int`.
