@@ -102,17 +102,19 @@ impl RequestKind {
 pub enum DropReason {
     /// Longer than the MTU allows, or than the buffer that the guest put out for it, or than any frame can be.
     TooLong,
-    /// Sent: no Ethernet header, or a virtio-net header that promises more than the frame holds or that was not negotiated.
+    /// No Ethernet header, or a header before it (virtio-net's or a tunnel's) that promises more than the frame holds, was not
+    /// negotiated or is not known. Received by a switch: VLAN tags that the port cannot have.
     BadHeader,
-    /// Received: to another address or VLAN than the guest's receive mode lets in.
+    /// Received: to another address or VLAN than the guest's receive mode lets in, or by a tunnel and of another network.
     NotForUs,
     /// A checksum to compute or a packet to cut where neither the other side nor the card can.
     Offload,
     /// The link is down: it was set so, or the uplink has no carrier.
     LinkDown,
-    /// Sent: the uplink had no room, or took the frame and could do nothing with it.
+    /// Sent: the uplink had no room, or took the frame, or one of several copies of it, and could do nothing with it.
     UplinkFull,
-    /// Sent: it comes from an address or is in a VLAN that is not the guest's (`anti-spoofing`).
+    /// Sent: it comes from an address or is in a VLAN that is not the guest's (`anti-spoofing`). Received by a tunnel: from an end
+    /// point that is not believed.
     Spoofed,
     /// Received: the guest had put out no buffers, and what waits for it on the card was full.
     NoBuffers,
@@ -196,15 +198,25 @@ pub struct NetCounters {
     pub undone_checksums: Counter,
     /// Of them, those that the other side has to cut.
     pub undone_segmentations: Counter,
-    /// Frames not carried, by [`DropReason`].
-    pub drops: [Counter; DropReason::ALL.len()],
+    /// Frames not carried.
+    pub drops: Drops,
 }
 
-impl NetCounters {
-    /// Counts a frame that was not carried. Only the owning thread may call this.
+/// Frames not carried, by reason.
+#[derive(Default, Debug)]
+pub struct Drops([Counter; DropReason::ALL.len()]);
+
+impl Drops {
+    /// Counts frames. Only the owning thread may call this.
     #[inline]
-    pub fn drop_for(&self, reason: DropReason) {
-        self.drops[reason as usize].add(1);
+    pub fn add(&self, reason: DropReason, frames: u64) {
+        self.0[reason as usize].add(frames);
+    }
+
+    /// How many there were for this reason, from any thread.
+    #[must_use]
+    pub fn get(&self, reason: DropReason) -> u64 {
+        self.0[reason as usize].get()
     }
 }
 

@@ -25,12 +25,23 @@ struct Lab {
 impl Lab {
     /// `None` where the kernel has no AF_XDP, and it is asked for.
     fn new(rig: &Path, kind: &str, link: &str) -> Option<Self> {
+        Self::with_pairs(rig, kind, link, 1)
+    }
+
+    /// The same with so many queue pairs, and queues of the wire.
+    fn with_pairs(rig: &Path, kind: &str, link: &str, pairs: u16) -> Option<Self> {
         if kind == "af-xdp" && !has_af_xdp() {
             eprintln!("skipped: this kernel has no AF_XDP");
             return None;
         }
         let (near, far) = (Namespace::new(rig, "near"), Namespace::new(rig, "far"));
         near.join("eth1", &far, "eth0");
+        let queues = pairs.to_string();
+        if pairs > 1 {
+            // What is sent by a queue at one end comes by the same at the other.
+            near.run("ethtool", &["-L", "eth1", "rx", &queues, "tx", &queues]);
+            far.run("ethtool", &["-L", "eth0", "rx", &queues, "tx", &queues]);
+        }
         if kind == "af-xdp" {
             // A far end that leaves checksums undone would leave them so for good.
             complete(&far, "eth0");
@@ -41,15 +52,17 @@ impl Lab {
             r#"
 [[uplink]]
 name = "u"
-backend = {{ type = "{kind}", interface = "eth1", netns = "{}" }}
+backend = {{ type = "{kind}", interface = "eth1", netns = "{}"{} }}
 [[function]]
 name = "f"
 type = "net"
 link = {{ type = "{link}", socket = "@/f.sock" }}
 uplink = "u"
 mac = "{MAC}"
+queue-pairs = {pairs}
 "#,
-            near.name()
+            near.name(),
+            if kind == "af-xdp" { format!(", queues = {queues}") } else { String::new() },
         );
         let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
         Some(Self { card, near, far })
@@ -143,6 +156,28 @@ fn a_guest_talks_to_the_network() {
         assert!(captured.count("tcp") > 1000 && captured.count("udp") > 700 && captured.count("icmp") >= 4, "{kind}");
         let (sent, brought) = (lab.counted("bytes", "transmit"), lab.counted("bytes", "receive"));
         assert!(sent > 11 << 20 && brought > 16 << 20, "{kind}: {sent} bytes out, {brought} in");
+    }
+}
+
+/// With two pairs both carry traffic, both ways: flows are spread by sockets' filters, or by the queues of the wire.
+#[test]
+fn both_queue_pairs_carry_traffic() {
+    let Some(rig) = network_rig() else { return };
+    for kind in KINDS {
+        let Some(lab) = Lab::with_pairs(&rig, kind, "vfio-user", 2) else { continue };
+        let _server = IperfServer::start(&lab.far);
+        let job = format!(
+            "ethtool -L eth0 combined 2
+            until iperf3 --json -P 8 -n 8M --client {OWN} >/tmp/out; do sleep 0.2; done
+            iperf3 --json -P 8 -n 8M --reverse --client {OWN} >/tmp/in"
+        );
+        lab.boot(&job).succeed();
+        let stats: serde_json::Value =
+            serde_json::from_str(&lab.card.command(&["stats", "--json", "--queues"])).unwrap();
+        for (queue, way) in (0..4).zip(["receive", "transmit"].into_iter().cycle()) {
+            let packets = stats["functions"][queue][way]["packets"].as_u64().unwrap();
+            assert!(packets > 50, "{kind}: queue {queue} has {packets}: {stats}");
+        }
     }
 }
 

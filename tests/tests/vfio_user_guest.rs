@@ -388,6 +388,8 @@ fn plug_in_and_out(card: &Card, interrupts: &str) -> bool {
             grep virtio0 /proc/interrupts
             dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync 2>/dev/null && echo IN $round
             for i in $(seq 600); do [ -e /sys/block/vda ] || break; sleep 0.1; done
+            # The driver is gone before the slot's power is, and only then is the function.
+            for i in $(seq 600); do [ $(cat /sys/bus/pci/slots/*/power) = 0 ] && break; sleep 0.1; done
             [ ! -e /sys/block/vda ] && echo OUT $round
         done";
     let mut guest = boot_guest(card, job, &["-device", "pcie-root-port,id=rp0,chassis=1,hotplug=on"]);

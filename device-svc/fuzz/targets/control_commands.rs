@@ -20,6 +20,8 @@ use libfuzzer_sys::fuzz_target;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 const COMMANDS_MAX: usize = 16;
 const DATA_BYTES_MAX: usize = 6000;
+/// Time from one turn to the next: as long as a lane may make its driver wait.
+const STEP_NS: u64 = 10_000_000;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut choices = Choices(bytes);
@@ -57,6 +59,7 @@ fuzz_target!(|bytes: &[u8]| {
         position: QueuePosition::fresh(ring != 0),
         features: accepted,
         port: Box::new(Silent),
+        inflight: None,
     };
     let faults = Arc::new(Faults::default());
     let report = Arc::clone(&faults) as Arc<dyn FaultReport>;
@@ -73,15 +76,16 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(queue.command(class, command, choices.bytes(count)), "one at a time has room");
         queue.queue().publish();
         for step in 0..4 {
-            lane.turn(Moment((turn * 4 + step) as u64), 32, None);
-            lane.finish_turn(Moment(0));
+            let now = Moment((turn * 4 + step) as u64 * STEP_NS);
+            lane.turn(now, 32, None);
+            lane.finish_turn(now);
         }
         let after = shared.chosen();
         match queue.answer().expect("it is answered") {
             0 => {
                 assert!((1..=pairs).contains(&after.pairs));
                 assert!(!keeps_its_address || shared.mac() == MAC);
-                after.filter.brings(choices.0);
+                let _ = after.filter.brings(choices.0);
             }
             1 => assert_eq!(before, after, "what is refused changes nothing"),
             other => panic!("answered by {other}"),

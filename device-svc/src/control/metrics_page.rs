@@ -140,7 +140,7 @@ fn encode_frames(encoder: &mut DescriptorEncoder<'_>, queues: &[Queue]) -> fmt::
                 ("direction", direction),
                 ("reason", reason.name()),
             ];
-            count(&mut drops, &labels, queue.counters.net.drops[reason as usize].get())?;
+            count(&mut drops, &labels, queue.counters.net.drops.get(reason))?;
         }
     }
     Ok(())

@@ -3,13 +3,13 @@
 //! A function may be attached while it is still being created, and may speak from several threads; followers see it
 //! created first, deleted last, and each change once.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use uuid::Uuid;
 
 use super::events::{EventKind, EventLog};
 use super::seam::Standing;
-use crate::backend::net::Carrier;
+use crate::backend::net::{Carrier, CarrierWatcher};
 
 /// One function's way into the log.
 pub(super) struct StandingSink {
@@ -53,6 +53,12 @@ enum Life {
     Gone,
 }
 
+impl CarrierWatcher for StandingSink {
+    fn carrier_changed(&self, _up: bool) {
+        self.say_link(&mut self.seen());
+    }
+}
+
 impl StandingSink {
     /// Of a disk on `volume`.
     pub(super) fn of_disk(log: Arc<EventLog>, function: &str, volume: Uuid) -> Arc<Self> {
@@ -62,8 +68,8 @@ impl StandingSink {
     /// Of a network interface whose uplink has `carrier`.
     pub(super) fn of_net(log: Arc<EventLog>, function: &str, carrier: Arc<Carrier>) -> Arc<Self> {
         let sink = Arc::new(Self::new(log, function, None, Some(Arc::clone(&carrier))));
-        let watcher = Arc::downgrade(&sink);
-        carrier.watch(move |_| watcher.upgrade().is_some_and(|sink| sink.look()));
+        let watcher: Weak<Self> = Arc::downgrade(&sink);
+        carrier.watch(watcher);
         sink
     }
 
@@ -115,13 +121,6 @@ impl StandingSink {
     pub(super) fn link_state(&self) -> LinkState {
         let carrier = self.carrier.as_ref().is_some_and(|carrier| carrier.is_up());
         LinkState { set_up: self.seen().link.set_up, carrier }
-    }
-
-    /// The carrier has changed. Returns whether to be told again.
-    fn look(&self) -> bool {
-        let mut seen = self.seen();
-        self.say_link(&mut seen);
-        seen.life != Life::Gone
     }
 
     /// Says whether the link is up, if that is news. The carrier is looked at under the lock, so that whoever comes last says what

@@ -74,6 +74,8 @@ pub(super) struct PackedMirror {
     budget: u16,
     /// Slots of the chains that were found.
     found_slots: u16,
+    /// Whether any of them may lead to an indirect table.
+    has_tables: bool,
     /// Slots that were fetched, from the next available place on.
     fetched_slots: u16,
     /// How many slots the next poll fetches.
@@ -124,6 +126,7 @@ impl PackedMirror {
             was_full: false,
             budget: 0,
             found_slots: 0,
+            has_tables: false,
             fetched_slots: 0,
             guess: SLOTS_MIN,
             staged: Vec::with_capacity(usize::from(start.size)),
@@ -214,6 +217,7 @@ impl PackedMirror {
         // All were on the ring together, so they fit.
         let mut slot = 0;
         (self.found_count, self.found_slots, self.fetched_slots) = (0, 0, 0);
+        self.has_tables = true;
         for chain in recorded.again.iter().take(budget.into()) {
             let found = Found { first: slot, slots: chain.descriptors.len() as u16, ..Found::default() };
             for descriptor in &chain.descriptors {
@@ -253,6 +257,7 @@ impl PackedMirror {
                     // How much waits is not known before it is fetched: where the batch before was whole, probably more.
                     let most = if self.was_full { FETCH_MAX } else { FETCH_WHOLE_MAX };
                     (self.budget, self.found_count, self.found_slots, self.fetched_slots) = (budget.min(most), 0, 0, 0);
+                    self.has_tables = false;
                     self.fetching = Fetching::Slots(self.request_slots(engine, self.guess)?);
                 }
                 Fetching::Slots(ticket) => {
@@ -316,8 +321,8 @@ impl PackedMirror {
     /// Looks for whole chains in what was fetched. Returns whether a chain goes on beyond it.
     fn find_chains<E: DmaEngine>(&mut self, engine: &E) -> Result<bool, QueueFault> {
         let size = self.ring.size();
+        let mut start = self.ring.next_avail().advance(self.found_slots, size);
         while self.found_count < self.budget && self.found_slots < self.fetched_slots {
-            let start = self.ring.next_avail().advance(self.found_slots, size);
             let mut descriptor = self.descriptor(engine, start.slot);
             // Only the first descriptor's flags count: the driver makes a chain available with them, last
             // (virtio 1.3, 2.8.21.1).
@@ -336,14 +341,19 @@ impl PackedMirror {
                 slots += 1;
             }
             self.found[usize::from(self.found_count)] = Found { first: start.slot, slots, ..Found::default() };
+            self.has_tables |= descriptor.flags & DESCRIPTOR_INDIRECT != 0;
             self.found_count += 1;
             self.found_slots += slots;
+            start = start.advance(slots, size);
         }
         Ok(false)
     }
 
     /// Fetches the indirect tables of the chains that were found.
     fn request_tables<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
+        if !self.has_tables {
+            return Ok(());
+        }
         let mut used = 0;
         for index in 0..self.found_count {
             let found = self.found[usize::from(index)];
@@ -377,10 +387,9 @@ impl PackedMirror {
         for index in 0..self.found_count {
             let found = self.found[usize::from(index)];
             self.walk.begin();
-            let mut place = Place { slot: found.first, wrap: true };
-            let mut id = 0;
-            for _ in 0..found.slots {
-                let PackedDescriptor { address, length, id: buffer, flags } = self.descriptor(engine, place.slot);
+            let (mut slot, mut left, mut id) = (found.first, found.slots, 0);
+            while left > 0 {
+                let PackedDescriptor { address, length, id: buffer, flags } = self.descriptor(engine, slot);
                 id = buffer;
                 if let Step::Indirect { .. } = self.walk.step(Descriptor { address, length, flags, next: 0 })? {
                     let card = engine.card();
@@ -390,7 +399,8 @@ impl PackedMirror {
                         Descriptor { address: entry.address, length: entry.length, flags: entry.flags, next: 0 }
                     })?;
                 }
-                place = place.advance(1, size);
+                slot = if slot + 1 == size { 0 } else { slot + 1 };
+                left -= 1;
             }
             let mut entry = id;
             match &mut self.recorded {

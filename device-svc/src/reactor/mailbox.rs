@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
 use crossbeam_queue::ArrayQueue;
@@ -108,6 +109,8 @@ pub enum Message {
 /// The mailbox of one reactor: a bounded queue, the sleep flag and the bell.
 pub(super) struct Mailbox {
     queue: ArrayQueue<Message>,
+    /// Lanes shall look again at what they share with other threads.
+    nudged: AtomicBool,
     pub(super) asleep: Asleep,
     bell: EventFd,
 }
@@ -115,7 +118,7 @@ pub(super) struct Mailbox {
 impl Mailbox {
     pub(super) fn new() -> std::io::Result<Self> {
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        Ok(Self { queue: ArrayQueue::new(CAPACITY), asleep: Asleep::default(), bell })
+        Ok(Self { queue: ArrayQueue::new(CAPACITY), nudged: AtomicBool::new(false), asleep: Asleep::default(), bell })
     }
 
     pub(super) fn post(&self, message: Message) {
@@ -128,6 +131,13 @@ impl Mailbox {
         self.ring_if_asleep();
     }
 
+    /// Has the reactor make a turn if it sleeps. Never waits, so reactors may call it.
+    pub(super) fn nudge(&self) {
+        // Release: see `take`.
+        self.nudged.store(true, Ordering::Release);
+        self.ring_if_asleep();
+    }
+
     fn ring_if_asleep(&self) {
         if self.asleep.must_ring() {
             // The only failure is a counter at its maximum, and then the bell rings already.
@@ -137,11 +147,17 @@ impl Mailbox {
 
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.queue.is_empty() && !self.nudged.load(Ordering::Relaxed)
     }
 
+    /// The next message; a nudge ends with the last one.
     pub(super) fn take(&self) -> Option<Message> {
-        self.queue.pop()
+        let message = self.queue.pop();
+        if message.is_none() {
+            // Acquire: what was changed before the nudge is seen by the turn that follows.
+            self.nudged.swap(false, Ordering::Acquire);
+        }
+        message
     }
 
     pub(super) fn bell_fd(&self) -> RawFd {

@@ -57,6 +57,11 @@ impl ReactorHandle {
         self.mailbox.post(message);
     }
 
+    /// Has the reactor make a turn if it sleeps, so that its lanes look at what they share with other threads. Never blocks.
+    pub fn nudge(&self) {
+        self.mailbox.nudge();
+    }
+
     /// What the reactor counts.
     #[must_use]
     pub const fn counters(&self) -> &Arc<ReactorCounters> {

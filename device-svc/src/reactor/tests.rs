@@ -216,6 +216,19 @@ fn an_idle_reactor_sleeps_until_a_doorbell_a_message_or_a_deadline() {
 }
 
 #[test]
+fn a_nudge_makes_a_sleeper_turn() {
+    let bed = Bed::new(PollConfig::Adaptive);
+    bed.start(0, |_| ());
+    let of = |notes: &[Note], kind: Note| notes.iter().filter(|note| **note == kind).count();
+    for _ in 0..100 {
+        // It may be about to sleep, or asleep: then the turn after the nudge is one that is made for it.
+        let (turns, armed) = bed.record.with(|notes| (of(notes, Note::Turn(0)), of(notes, Note::Armed(0))));
+        bed.reactors.handles()[0].nudge();
+        bed.record.wait_for(|notes| of(notes, Note::Turn(0)) > turns && of(notes, Note::Armed(0)) > armed);
+    }
+}
+
+#[test]
 fn a_reactor_that_shall_poll_never_sleeps() {
     let bed = Bed::new(PollConfig::Always);
     bed.start(0, |_| ());

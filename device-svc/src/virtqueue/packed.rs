@@ -102,7 +102,7 @@ impl PackedRing {
     #[inline]
     #[must_use]
     pub const fn is_available(flags: u16, place: Place) -> bool {
-        (flags & AVAIL != 0) == place.wrap && (flags & USED != 0) != place.wrap
+        flags & (AVAIL | USED) == Self::available_flags(place.wrap)
     }
 
     /// The availability bits of a descriptor that is available at a place with this wrap counter.

@@ -196,6 +196,14 @@ impl std::fmt::Debug for Device {
 }
 
 impl State {
+    /// Whether the channel with this socket has a share.
+    fn mark(&mut self, file: &Arc<OwnedFd>, attached: bool) {
+        let is_it = |member: &&mut Member| std::ptr::eq(member.file.as_ptr(), &raw const **file);
+        if let Some(member) = self.members.iter_mut().find(is_it) {
+            member.attached = attached;
+        }
+    }
+
     /// Gives each attached channel its share of what comes, and the others nothing. Meanwhile nobody has anything: a frame shall
     /// rather be lost than come twice.
     fn share(&mut self) -> Result<(), Errno> {
@@ -276,16 +284,19 @@ impl Port for Device {
 
     fn attach(&self, file: &Arc<OwnedFd>, attached: bool) -> Result<(), Errno> {
         let mut state = self.state();
-        if let Some(member) =
-            state.members.iter_mut().find(|member| std::ptr::eq(member.file.as_ptr(), &raw const **file))
-        {
-            member.attached = attached;
-        }
+        state.mark(file, attached);
         if attached {
             // What came in just when it was detached the last time.
             socket::drain(file);
         }
         let shared = state.share();
+        if shared.is_err() && attached {
+            // It has nothing, then, and the others have their shares.
+            state.mark(file, false);
+            if let Err(errno) = state.share() {
+                tracing::warn!("{}: frames are lost until a queue pair comes or goes: {errno}", self.describe());
+            }
+        }
         if !attached {
             socket::drain(file);
         }

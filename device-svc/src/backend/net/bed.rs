@@ -65,12 +65,17 @@ impl Bed {
         self.settle();
     }
 
-    /// Waits until both ends of the wire carry frames: after they are up the kernel drops them for a while, and calls it success.
+    /// Waits until both ends of the wire carry frames.
     pub(super) fn settle(&self) {
-        let ends = [OWN, FAR].map(|name| InterfaceName::new(name).unwrap());
-        until(|| ends.iter().all(|end| self.namespace.is_running(end) == Ok(true)));
+        self.settle_all([OWN, FAR]);
+    }
+
+    /// Waits until interfaces carry frames: after they are up the kernel drops them for a while, and calls it success.
+    pub(super) fn settle_all<const COUNT: usize>(&self, interfaces: [&str; COUNT]) {
+        let names = interfaces.map(|name| InterfaceName::new(name).unwrap());
+        until(|| names.iter().all(|name| self.namespace.is_running(name) == Ok(true)));
         // Whoever changes a link waits until the kernel is done with the last change.
-        self.ip(&["link", "set", FAR, "up"]);
+        interfaces.iter().for_each(|name| self.ip(&["link", "set", name, "up"]));
     }
 
     /// Has an interface leave nothing undone of what it sends, as `ethtool -K … tx off` does.

@@ -1,15 +1,20 @@
 //! Whether a network is there: an interface that was deleted, or has been taken down, carries nothing.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-type Watcher = Box<dyn Fn(bool) -> bool + Send + Sync>;
+/// Who follows a carrier.
+pub trait CarrierWatcher: Send + Sync {
+    /// It has come or gone.
+    fn carrier_changed(&self, up: bool);
+}
 
 /// The state of an uplink's carrier, which the backend's control half sets and functions follow.
 #[derive(Default)]
 pub struct Carrier {
     up: AtomicBool,
-    watchers: Mutex<Vec<Watcher>>,
+    /// Those that are gone stay until the next one comes, or the carrier changes.
+    watchers: Mutex<Vec<Weak<dyn CarrierWatcher>>>,
 }
 
 impl Carrier {
@@ -25,17 +30,26 @@ impl Carrier {
         self.up.load(Ordering::Acquire)
     }
 
-    /// It is there, or is gone. Those who watch are told of changes, on this thread.
-    pub fn set(&self, up: bool) {
+    /// Those who watch, without those that are gone.
+    fn watchers(&self) -> MutexGuard<'_, Vec<Weak<dyn CarrierWatcher>>> {
         let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.up.swap(up, Ordering::AcqRel) != up {
-            watchers.retain(|watcher| watcher(up));
-        }
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers
     }
 
-    /// Calls `watcher` at each change, with the state from then on, until it answers false.
-    pub fn watch(&self, watcher: impl Fn(bool) -> bool + Send + Sync + 'static) {
-        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(watcher));
+    /// It is there, or is gone. Those who watch are told of changes, on this thread. One thread sets a carrier.
+    pub fn set(&self, up: bool) {
+        if self.up.swap(up, Ordering::AcqRel) == up {
+            return;
+        }
+        // Told without the lock: one that goes meanwhile is dropped here, with all that it has.
+        let present: Vec<Arc<dyn CarrierWatcher>> = self.watchers().iter().filter_map(Weak::upgrade).collect();
+        present.iter().for_each(|watcher| watcher.carrier_changed(up));
+    }
+
+    /// From now on `watcher` is told of each change, as long as it is there.
+    pub fn watch(&self, watcher: Weak<dyn CarrierWatcher>) {
+        self.watchers().push(watcher);
     }
 }
 
@@ -44,3 +58,6 @@ impl std::fmt::Debug for Carrier {
         f.debug_struct("Carrier").field("up", &self.is_up()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

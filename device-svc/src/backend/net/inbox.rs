@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{BURST, FRAME_BYTES_MAX, Incoming, NetHeader};
+use super::{BURST, FRAME_BYTES_MAX, Incoming, Missed, NetHeader};
 use crate::asleep::Asleep;
 use crate::backend::BackendError;
 
@@ -53,6 +53,8 @@ struct Entry {
     bytes: u32,
     /// Where the next frame's place begins.
     end: u32,
+    /// Who put it in, as a number that those who use the inbox agree on.
+    from: u16,
 }
 
 #[derive(Debug)]
@@ -75,6 +77,8 @@ pub(crate) struct Inbox {
     released: Apart,
     /// Frames that found no room, or nobody who takes them.
     missed: Apart,
+    /// Frames that could not be put in as they were.
+    refused: Apart,
     /// Whether somebody takes frames out.
     open: AtomicBool,
     asleep: Asleep,
@@ -104,7 +108,7 @@ impl Inbox {
         let bell = EventFd::from_value_and_flags(0, flags).map_err(|errno| {
             BackendError::Unavailable(format!("no event descriptor for a network channel: {errno}"))
         })?;
-        let entry = Entry { header: NetHeader::DONE, at: 0, bytes: 0, end: 0 };
+        let entry = Entry { header: NetHeader::DONE, at: 0, bytes: 0, end: 0, from: 0 };
         let slot = || Slot { number: AtomicU32::new(0), entry: UnsafeCell::new(entry) };
         let inbox = Arc::new(Self {
             bytes: zeroed_bytes(),
@@ -112,11 +116,13 @@ impl Inbox {
             reserved: Apart(AtomicU64::new(0)),
             released: Apart(AtomicU64::new(0)),
             missed: Apart(AtomicU64::new(0)),
+            refused: Apart(AtomicU64::new(0)),
             open: AtomicBool::new(false),
             asleep: Asleep::default(),
             bell,
         });
-        let outbox = Outbox { inbox: Arc::clone(&inbox), next: 0, handed: Vec::with_capacity(BURST), missed: 0 };
+        let handed = Vec::with_capacity(BURST);
+        let outbox = Outbox { inbox: Arc::clone(&inbox), next: 0, handed, missed: 0, refused: 0 };
         Ok((inbox, outbox))
     }
 
@@ -130,6 +136,12 @@ impl Inbox {
     /// [`ring`](Self::ring), once for as many as there are.
     #[inline]
     pub(crate) fn put(&self, header: NetHeader, bytes: u32, fill: impl FnOnce(&mut [u8])) -> bool {
+        self.put_from(0, header, bytes, fill)
+    }
+
+    /// The same where it matters who puts it in.
+    #[inline]
+    pub(crate) fn put_from(&self, from: u16, header: NetHeader, bytes: u32, fill: impl FnOnce(&mut [u8])) -> bool {
         let Some((number, at, end)) = self.reserve(bytes) else {
             self.missed.0.fetch_add(1, Ordering::Relaxed);
             return false;
@@ -138,7 +150,7 @@ impl Inbox {
         // SAFETY: `reserve` gave this stretch and this slot to this call alone, and the reader looks at them when the number below is
         // stored. A stretch does not reach beyond the end.
         let room = unsafe {
-            slot.entry.get().write(Entry { header, at, bytes, end });
+            slot.entry.get().write(Entry { header, at, bytes, end, from });
             std::slice::from_raw_parts_mut(self.bytes[at as usize].get(), bytes as usize)
         };
         fill(room);
@@ -186,10 +198,10 @@ impl Inbox {
         }
     }
 
-    /// A frame was lost on its way in for a reason of whoever puts in.
-    #[inline]
-    pub(crate) fn miss(&self) {
-        self.missed.0.fetch_add(1, Ordering::Relaxed);
+    /// A frame cannot be put in as it is.
+    #[cold]
+    pub(crate) fn refuse(&self) {
+        self.refused.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -206,7 +218,9 @@ pub(crate) struct Outbox {
     /// The number of the next frame.
     next: u32,
     handed: Vec<Incoming>,
+    /// How many had been missed and refused when that was last asked.
     missed: u64,
+    refused: u64,
 }
 
 impl Outbox {
@@ -253,16 +267,31 @@ impl Outbox {
     /// The oldest frames, at most `most`.
     #[inline]
     pub(crate) fn frames(&mut self, most: usize) -> &[Incoming] {
+        self.hand_over(most, |_| true);
+        &self.handed
+    }
+
+    /// The oldest frames that the same one put in, at most `most`, and who that is.
+    #[inline]
+    pub(crate) fn frames_of_one(&mut self, most: usize) -> (u16, &[Incoming]) {
+        let first = self.entry(self.next).map_or(0, |entry| entry.from);
+        self.hand_over(most, |from| from == first);
+        (first, &self.handed)
+    }
+
+    #[inline]
+    fn hand_over(&mut self, most: usize, takes: impl Fn(u16) -> bool) {
         self.handed.clear();
         let mut number = self.next;
         while self.handed.len() < most.min(BURST) {
-            let Some(Entry { header, at, bytes, .. }) = self.entry(number) else { break };
+            let Some(Entry { header, at, bytes, .. }) = self.entry(number).filter(|entry| takes(entry.from)) else {
+                break;
+            };
             let start = self.inbox.bytes[at as usize].get().cast_const();
             // SAFETY: whoever put it in has written so many bytes there, and nobody writes them before they are released.
             self.handed.push(unsafe { Incoming::new(header, start, bytes) });
             number = number.wrapping_add(1);
         }
-        &self.handed
     }
 
     /// The `count` oldest are done with.
@@ -276,11 +305,15 @@ impl Outbox {
         self.inbox.released.0.store(position.word(), Ordering::Release);
     }
 
-    /// Frames that found no room since this was last asked.
+    /// Frames that found no room, or could not be put in as they were, since this was last asked.
     #[inline]
-    pub(crate) fn missed(&mut self) -> u64 {
-        let missed = self.inbox.missed.0.load(Ordering::Relaxed);
-        missed.wrapping_sub(std::mem::replace(&mut self.missed, missed))
+    pub(crate) fn missed(&mut self) -> Missed {
+        let since = |now: &Apart, before: &mut u64| {
+            let now = now.0.load(Ordering::Relaxed);
+            now.wrapping_sub(std::mem::replace(before, now))
+        };
+        let Self { inbox, missed, refused, .. } = self;
+        Missed { no_buffers: since(&inbox.missed, missed), bad_header: since(&inbox.refused, refused), ..Missed::NONE }
     }
 
     /// Whether its reactor may sleep: nothing waits, and the bell rings for the next.

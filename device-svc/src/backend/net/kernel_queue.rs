@@ -20,18 +20,19 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use io_uring::{cqueue, opcode, squeue, types};
+use io_uring::opcode;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
+use super::polled_ring::{FILE, PolledRing};
 use super::slab::Slab;
 use super::{
-    BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader, Sent,
-    VLAN_TAG_BYTES, packet_socket,
+    BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, Missed, NetChannel, NetHeader, Offloads, Outgoing, RawNetHeader,
+    Sent, VLAN_TAG_BYTES, packet_socket,
 };
 use crate::backend::BackendError;
-use crate::backend::ring::{Ring, Users};
+use crate::backend::ring::Users;
 
 mod place;
 
@@ -46,14 +47,6 @@ const RING_FRAMES: usize = 4;
 const FULL_BURSTS_MAX: u32 = 4096;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
-
-const FILE: types::Fixed = types::Fixed(0);
-/// What an entry is, beside its number in the burst; a poll's has the descriptor's epoch above it.
-const POLL_IN: u64 = 1 << 8;
-const POLL_OUT: u64 = 2 << 8;
-const REMOVAL: u64 = 3 << 8;
-const KIND: u64 = 0xff << 8;
-const EPOCH_SHIFT: u32 = 16;
 
 /// What a queue needs of the interface that it belongs to.
 pub(super) trait Port: Send + Sync {
@@ -104,20 +97,12 @@ pub(super) struct KernelQueue {
     /// The slot's number when its descriptor was taken.
     epoch: u32,
     file: Arc<OwnedFd>,
-    ring: Ring,
+    ring: PolledRing,
     /// `RWF_NOWAIT`, where a tap knows it. Where it does not, the ring does not wait for a descriptor that does not block.
     nowait: i32,
     /// Whether frames shall come and go, and whether they do.
     enabled: bool,
     attached: bool,
-    /// Whether the kernel's poll stands.
-    polled: bool,
-    /// There may be frames to read.
-    readable: bool,
-    /// A frame was not taken, and a poll tells when there is room.
-    waits_for_room: bool,
-    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
-    room_came: bool,
     slab: Slab,
     /// Reads of a burst of a socket; a tap has none.
     messages: Box<[Message]>,
@@ -130,11 +115,12 @@ pub(super) struct KernelQueue {
     burst: usize,
     /// Bursts that a socket had in full since it was asked what it had no memory for: before such a backlog it had enough.
     full_bursts: u32,
+    /// What was read and was no frame.
+    bad: u64,
     headers: Box<[RawNetHeader; BURST]>,
     ranges: Vec<libc::iovec>,
-    /// The kernel's answers to a burst, and how many are still to come.
+    /// What became of the frames of a burst.
     results: [i32; BURST],
-    under_way: usize,
 }
 
 // SAFETY: the pointers lead to memory of this channel, or are only looked at while `transmit` runs.
@@ -144,7 +130,7 @@ impl KernelQueue {
     /// A queue of `port` on a descriptor that does not block and is not attached.
     pub(super) fn new(port: Arc<dyn Port>, file: OwnedFd, kind: Kind, users: Users) -> Result<Self, BackendError> {
         let user = if kind == Kind::Tap { "a tap" } else { "an af-packet uplink" };
-        let ring = Ring::new(file.as_fd(), ENTRIES, user, users)?;
+        let ring = PolledRing::new(file.as_fd(), ENTRIES, user, users)?;
         let slab = Slab::new();
         let (messages, sends) = match kind {
             Kind::Tap => Default::default(),
@@ -162,10 +148,6 @@ impl KernelQueue {
             nowait,
             enabled: false,
             attached: false,
-            polled: false,
-            readable: false,
-            waits_for_room: false,
-            room_came: false,
             slab,
             messages,
             sends,
@@ -173,10 +155,10 @@ impl KernelQueue {
             released: 0,
             burst: 1,
             full_bursts: 0,
+            bad: 0,
             headers: Box::new([RawNetHeader::default(); BURST]),
             ranges: Vec::with_capacity(RANGES),
             results: [0; BURST],
-            under_way: 0,
         })
     }
 
@@ -204,20 +186,9 @@ impl KernelQueue {
             self.epoch = epoch;
             return;
         };
-        // What polls the old one would keep it open.
-        for tag in [POLL_IN, POLL_OUT] {
-            let old = tag | u64::from(self.epoch) << EPOCH_SHIFT;
-            self.push(&opcode::PollRemove::new(old).build().user_data(REMOVAL));
-        }
-        self.exchange();
-        if let Err(error) = self.ring.replace_file(fresh.as_fd()) {
-            self.broken(&error);
-        }
+        self.ring.replace_file(fresh.as_fd());
         self.epoch = epoch;
         self.file = Arc::new(fresh);
-        self.polled = false;
-        self.readable = false;
-        self.room_came |= std::mem::take(&mut self.waits_for_room);
         self.attached = false;
         if self.enabled {
             self.attach();
@@ -229,100 +200,16 @@ impl KernelQueue {
         match self.port.attach(&self.file, true) {
             Ok(()) => {
                 self.attached = true;
-                self.readable = true;
+                self.ring.readable = true;
             }
             // It was deleted. Whoever watches it brings a new one.
             Err(errno) => tracing::debug!("a queue of {} cannot be attached: {errno}", self.port.describe()),
         }
     }
 
-    /// The ring was made with all that it is asked for, so a refusal is a fault of ours.
-    #[cold]
-    fn broken(&self, error: &std::io::Error) -> ! {
-        panic!("io_uring of {}: {error}", self.port.describe());
-    }
-
-    /// Queues what points to no memory.
-    fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: a poll and its removal point nowhere.
-        unsafe { self.ring.push(entry) };
-    }
-
-    fn push_poll(&mut self, tag: u64, events: libc::c_short, stays: bool) {
-        let poll = opcode::PollAdd::new(FILE, events as u32).multi(stays).build();
-        self.push(&poll.user_data(tag | u64::from(self.epoch) << EPOCH_SHIFT));
-    }
-
-    /// Takes what has ended.
-    #[inline]
-    fn take(&mut self) {
-        let Self { ring, results, under_way, polled, readable, waits_for_room, room_came, epoch, .. } = self;
-        for entry in ring.ended() {
-            let tag = entry.user_data();
-            let current = tag >> EPOCH_SHIFT == u64::from(*epoch);
-            match tag & KIND {
-                0 => {
-                    if let Some(result) = results.get_mut(tag as usize) {
-                        *result = entry.result();
-                    }
-                    *under_way = under_way.saturating_sub(1);
-                }
-                POLL_IN if current => {
-                    *readable = true;
-                    *polled = cqueue::more(entry.flags());
-                }
-                POLL_OUT if current => (*waits_for_room, *room_came) = (false, true),
-                _ => {}
-            }
-        }
-    }
-
-    #[inline]
-    fn exchange(&mut self) {
-        if let Err(error) = self.ring.exchange() {
-            self.broken(&error);
-        }
-        self.take();
-        if self.waits_for_room && !self.ring.armed() {
-            self.arm_for_room();
-        }
-    }
-
-    /// Reactors are told of room even when they do not ask for frames.
-    #[cold]
-    fn arm_for_room(&mut self) {
-        while self.waits_for_room && !self.ring.armed() {
-            if let Err(error) = self.ring.arm() {
-                self.broken(&error);
-            }
-            self.take();
-        }
-    }
-
-    /// Has the kernel do the burst that was pushed.
-    #[inline]
-    fn run(&mut self, count: usize) {
-        self.under_way = count;
-        self.exchange();
-        // They end at once, unless the kernel had no memory to take them all.
-        while self.under_way > 0 {
-            self.finish();
-        }
-    }
-
-    #[cold]
-    fn finish(&mut self) {
-        if self.ring.unsubmitted() == 0
-            && let Err(error) = self.ring.wait()
-        {
-            self.broken(&error);
-        }
-        self.exchange();
-    }
-
     #[inline]
     fn read(&mut self, most: usize) {
-        if !self.readable && !self.ring.has_work() {
+        if !self.ring.may_read() {
             return;
         }
         let count = self.burst.min(most).min(BURST);
@@ -331,15 +218,12 @@ impl KernelQueue {
         }
         self.frames.clear();
         self.released = 0;
-        self.readable = false;
-        if !self.polled {
-            self.polled = true;
-            self.push_poll(POLL_IN, libc::POLLIN, true);
-        }
+        self.ring.poll_for_frames();
+        self.ring.readable = false;
         for number in 0..count {
             self.push_read(number);
         }
-        self.run(count);
+        self.results[..count].copy_from_slice(self.ring.run(count));
         let mut come = 0;
         for number in 0..count {
             let result = self.results[number];
@@ -350,7 +234,7 @@ impl KernelQueue {
             }
         }
         if come == count {
-            self.readable = true;
+            self.ring.readable = true;
             self.burst = (count * 2).min(BURST);
             self.full_bursts += u32::from(count == BURST);
         } else {
@@ -370,17 +254,25 @@ impl KernelQueue {
         };
         // SAFETY: the place and the message are ours, the place holds no frame that is still handed over, and `run` waits until the
         // read has ended.
-        unsafe { self.ring.push(&entry.user_data(number as u64)) };
+        unsafe { self.ring.push(entry, number) };
     }
 
-    /// Takes what was read to a place, if it is a frame.
+    /// Takes what was read to a place, if it is a frame; if not, that is counted.
     #[inline]
     fn accept(&mut self, number: usize, bytes: u32) {
-        let Some(read_bytes) = bytes.checked_sub(HEADER_BYTES) else { return };
+        match self.frame(number, bytes) {
+            Some(frame) => self.frames.push(frame),
+            None => self.bad += 1,
+        }
+    }
+
+    #[inline]
+    fn frame(&self, number: usize, bytes: u32) -> Option<Incoming> {
+        let read_bytes = bytes.checked_sub(HEADER_BYTES)?;
         let tag = self.messages.get(number).and_then(|message| message.beside.tag());
         let length = read_bytes + if tag.is_some() { VLAN_TAG_BYTES } else { 0 };
         if read_bytes < ETHERNET_BYTES || length > FRAME_BYTES_MAX {
-            return;
+            return None;
         }
         // SAFETY: the place has room for a header, which nobody writes now.
         let read = unsafe { std::slice::from_raw_parts(read_place(&self.slab, number), HEADER_BYTES as usize) };
@@ -392,9 +284,9 @@ impl KernelQueue {
         }
         let start = FRAME_AT - (length - read_bytes) as usize;
         // All is allowed here: what a driver did not ask for may have waited since before it asked, and is its lane's to refuse.
-        let Ok(header) = NetHeader::parse(&raw, length, Offloads::ALL) else { return };
+        let header = NetHeader::parse(&raw, length, Offloads::ALL).ok()?;
         // SAFETY: the kernel wrote so many bytes, and the place is read to again only when all frames are released.
-        self.frames.push(unsafe { Incoming::new(header, self.slab.place(number).add(start), length) });
+        Some(unsafe { Incoming::new(header, self.slab.place(number).add(start), length) })
     }
 
     /// The ranges of a burst, each frame's behind its header's; where each frame's begin.
@@ -457,11 +349,11 @@ impl KernelQueue {
             } else {
                 let write = opcode::Writev::new(FILE, list, length as u32).rw_flags(self.nowait).build();
                 // SAFETY: as above, and `run` waits until the write has ended.
-                unsafe { self.ring.push(&write.user_data(number as u64)) };
+                unsafe { self.ring.push(write, number) };
             }
         }
         if count >= RING_FRAMES {
-            self.run(count);
+            self.results[..count].copy_from_slice(self.ring.run(count));
         }
     }
 
@@ -527,16 +419,12 @@ impl NetChannel for KernelQueue {
         if !self.attached {
             return Sent { taken: count, lost: count };
         }
-        if self.waits_for_room && self.ring.has_work() {
-            self.exchange();
-        }
+        self.ring.look_for_room();
         let starts = self.describe(&frames[..count]);
         self.write(count, &starts);
         let sent = self.tally(count);
-        if sent.taken < count && !self.waits_for_room {
-            self.waits_for_room = true;
-            self.push_poll(POLL_OUT, libc::POLLOUT, false);
-            self.exchange();
+        if sent.taken < count {
+            self.ring.poll_for_room(None);
         }
         sent
     }
@@ -558,13 +446,14 @@ impl NetChannel for KernelQueue {
 
     /// A backlog is asked about once when all of it has been read, or after so many bursts that never end.
     #[inline]
-    fn missed(&mut self) -> u64 {
-        let ask = self.full_bursts > 0 && (!self.readable || self.full_bursts >= FULL_BURSTS_MAX);
+    fn missed(&mut self) -> Missed {
+        let bad_header = std::mem::replace(&mut self.bad, 0);
+        let ask = self.full_bursts > 0 && (!self.ring.readable || self.full_bursts >= FULL_BURSTS_MAX);
         if !ask || self.messages.is_empty() {
-            return 0;
+            return Missed { bad_header, ..Missed::NONE };
         }
         self.full_bursts = 0;
-        packet_socket::missed(&self.file).unwrap_or(0)
+        Missed { bad_header, no_buffers: packet_socket::missed(&self.file).unwrap_or(0), ..Missed::NONE }
     }
 
     fn wake_fd(&self) -> Option<RawFd> {
@@ -579,15 +468,9 @@ impl NetChannel for KernelQueue {
         if !self.attached {
             return true;
         }
-        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
-            return false;
-        }
-        if !self.ring.armed() {
-            if let Err(error) = self.ring.arm() {
-                self.broken(&error);
-            }
-            self.take();
-        }
-        !self.readable && !self.room_came && self.polled && self.ring.armed()
+        self.ring.may_sleep()
     }
 }
+
+#[cfg(test)]
+mod tests;

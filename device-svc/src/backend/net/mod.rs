@@ -21,9 +21,11 @@ pub(crate) mod inbox;
 mod incoming;
 mod kernel_queue;
 pub mod loopback;
+mod missed;
 mod namespace;
 pub mod null;
 pub mod offload;
+mod polled_ring;
 mod slab;
 pub mod stations;
 mod packet_socket;
@@ -35,9 +37,10 @@ mod watch;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub use carrier::Carrier;
+pub use carrier::{Carrier, CarrierWatcher};
 pub use header::{BadHeader, Checksum, NetHeader, RawNetHeader, Segmentation, SegmentationKind};
 pub use incoming::Incoming;
+pub use missed::Missed;
 
 use super::{BackendError, Segments};
 
@@ -202,8 +205,14 @@ pub trait NetChannel: Send {
         false
     }
 
-    /// Frames for this channel that were lost because its function did not take frames in time, since this was last asked.
-    fn missed(&mut self) -> u64 {
+    /// Frames for this channel that were lost before they could be handed over, since this was last asked.
+    fn missed(&mut self) -> Missed {
+        Missed::NONE
+    }
+
+    /// Frames that [`transmit`](Self::transmit) took and did not name as lost, and that were lost later, since this was last asked. Of
+    /// a frame that goes to several, each copy that is lost counts here while another goes.
+    fn lost_later(&mut self) -> u64 {
         0
     }
 

@@ -1,10 +1,10 @@
 //! What is of its own about a virtio-net function: its uplink's carrier, its settings that change, and what vhost-user says to it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::{CardFunction, FunctionPlace, Kind, Placement};
 use crate::backend::BackendError;
-use crate::backend::net::PortSettings;
+use crate::backend::net::{CarrierWatcher, PortSettings};
 use crate::config::{
     AntiSpoofingConfig, FunctionConfig, LinkKind, NetChange, NetConfig, NetLimitConfig, PayloadConfig,
 };
@@ -13,6 +13,7 @@ use crate::device::Outlet;
 use crate::device::limit::{Limit, Rates};
 use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared, Steering};
 use crate::link::{NetworkSide, Refusal};
+use crate::reactor::ReactorHandle;
 use crate::uplink::Uplink;
 
 /// The smallest MTU that a network may have (virtio 1.3, 5.1.4.1), bytes.
@@ -34,6 +35,17 @@ fn rates_of(config: &NetLimitConfig) -> Rates {
 fn rules_of(config: &AntiSpoofingConfig) -> AntiSpoofing {
     let AntiSpoofingConfig { mac, vlans, addresses } = config.clone();
     AntiSpoofing { mac, vlans, addresses }
+}
+
+impl CarrierWatcher for CardFunction {
+    fn carrier_changed(&self, up: bool) {
+        if let Kind::Net { shared, .. } = &self.kind
+            && shared.set_carrier_up(up)
+        {
+            tracing::info!(function = %self.name, up, "the uplink's carrier decides the link");
+            self.tell_config();
+        }
+    }
 }
 
 impl CardFunction {
@@ -89,22 +101,16 @@ impl CardFunction {
         };
         let outlets = function.used_reactors().iter().map(&mut channels_on).collect::<Result<Vec<_>, _>>();
         let function = function.open(outlets)?;
-        let watched = Arc::downgrade(&function);
-        backend.carrier().watch(move |up| watched.upgrade().is_some_and(|function| function.carrier_changed(up)));
+        let used: Vec<_> =
+            function.used_reactors().iter().map(|number| function.reactors.handles()[*number].clone()).collect();
+        if let Kind::Net { shared, .. } = &function.kind {
+            shared.wake_lanes_by(move || used.iter().for_each(ReactorHandle::nudge));
+        }
+        let watcher: Weak<Self> = Arc::downgrade(&function);
+        backend.carrier().watch(watcher);
         // It may have changed before it was watched.
         function.carrier_changed(backend.carrier().is_up());
         Ok(function)
-    }
-
-    /// The uplink has come or gone. Returns whether to tell it of the next change.
-    fn carrier_changed(&self, up: bool) -> bool {
-        if let Kind::Net { shared, .. } = &self.kind
-            && shared.set_carrier_up(up)
-        {
-            tracing::info!(function = %self.name, up, "the uplink's carrier decides the link");
-            self.tell_config();
-        }
-        !self.lock().closed
     }
 
     /// Changes a network interface while it runs.

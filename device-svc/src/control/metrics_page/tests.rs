@@ -76,11 +76,11 @@ fn frames_appear_by_direction_and_drops_by_reason() {
     let [receive, transmit, control] = &function.queues[..] else { panic!("a pair and the control queue") };
     receive.net.packets.add(3);
     receive.net.bytes.add(4500);
-    receive.net.drop_for(DropReason::TooLong);
+    receive.net.drops.add(DropReason::TooLong, 1);
     transmit.net.packets.add(2);
     transmit.net.broadcasts.add(1);
-    transmit.net.drop_for(DropReason::UplinkFull);
-    transmit.net.drop_for(DropReason::UplinkFull);
+    transmit.net.drops.add(DropReason::UplinkFull, 1);
+    transmit.net.drops.add(DropReason::UplinkFull, 1);
     control.interrupts.add(7);
 
     let samples = samples(&metrics_page(&inventory).unwrap());

@@ -123,7 +123,7 @@ async fn statistics_of_frames() {
     let function = served.starter.function("net0");
     let counters = crate::control::FunctionRun::counters(&*function);
     counters[0].net.packets.add(4);
-    counters[0].net.drop_for(DropReason::TooLong);
+    counters[0].net.drops.add(DropReason::TooLong, 1);
     let stats = served.card().await.get_stats(v1::GetStatsRequest {}).await.unwrap().into_inner();
     let [disk, net] = &stats.functions[..] else { panic!("{stats:?}") };
     assert_eq!((disk.r#type.as_str(), net.r#type.as_str()), ("blk", "net"));

@@ -51,10 +51,9 @@ fn queue_stats(index: u16, counters: &QueueCounters) -> v1::QueueStats {
 }
 
 fn net_stats(counters: &NetCounters) -> v1::NetStats {
-    let drops = DropReason::ALL.into_iter().map(|reason| v1::DropStats {
-        reason: reason.name().to_owned(),
-        packets: counters.drops[reason as usize].get(),
-    });
+    let drops = DropReason::ALL
+        .into_iter()
+        .map(|reason| v1::DropStats { reason: reason.name().to_owned(), packets: counters.drops.get(reason) });
     v1::NetStats {
         packets: counters.packets.get(),
         bytes: counters.bytes.get(),

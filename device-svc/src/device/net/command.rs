@@ -145,6 +145,11 @@ impl Command {
         }
     }
 
+    /// Whether channels are enabled or disabled for it, or told to do more or less.
+    pub(super) const fn changes_channels(&self) -> bool {
+        matches!(self, Self::Pairs(_) | Self::Steer(..) | Self::Undone(_))
+    }
+
     /// Does it.
     ///
     /// # Errors

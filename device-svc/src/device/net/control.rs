@@ -1,6 +1,7 @@
 //! The control queue: the driver's commands, one after another (virtio 1.3, 5.1.6.5).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_bindings::virtio_net as spec;
 
@@ -15,6 +16,10 @@ use crate::dma::{CardMemory, DmaEngine, HostMemory, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::CardLayout;
+
+/// How long the next command waits after one that changes channels: by system calls, on the reactor that other VMs' queues are on as well.
+/// A driver gives such commands when it starts, and when somebody has it change its queues.
+const REST: Duration = Duration::from_millis(10);
 
 /// A command that was fetched; its bytes are on their way.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +39,8 @@ pub struct ControlLane<E> {
     place: CardAddress,
     answer_place: CardAddress,
     command: Option<Fetched>,
+    /// The next command is not fetched before.
+    resting_until: Option<Moment>,
     bytes: Vec<u8>,
 }
 
@@ -54,13 +61,17 @@ impl<E: DmaEngine> ControlLane<E> {
         let answer_place = layout.take(1);
         let accepted = start.features;
         let queue = Queue::new(start, layout, counters, report, engine)?;
-        Ok(Self { queue, shared, accepted, place, answer_place, command: None, bytes: Vec::new() })
+        Ok(Self { queue, shared, accepted, place, answer_place, command: None, resting_until: None, bytes: Vec::new() })
     }
 
-    fn work(&mut self) -> Result<bool, QueueFault> {
+    fn work(&mut self, now: Moment) -> Result<bool, QueueFault> {
         let mut did = false;
+        if self.resting_until.is_some_and(|until| until <= now) {
+            self.resting_until = None;
+        }
+        let may_fetch = self.command.is_none() && self.resting_until.is_none();
         // The answer's byte of card memory is free when what was answered has been published.
-        if self.command.is_none() && !self.queue.is_publishing() && self.queue.wants_fetch() {
+        if may_fetch && !self.queue.is_publishing() && self.queue.wants_fetch() {
             did |= self.fetch()?;
         }
         let Some(command) = self.command else { return Ok(did) };
@@ -68,7 +79,7 @@ impl<E: DmaEngine> ControlLane<E> {
             return Ok(did);
         }
         self.command = None;
-        self.carry_out(command)?;
+        self.carry_out(command, now)?;
         Ok(true)
     }
 
@@ -105,12 +116,15 @@ impl<E: DmaEngine> ControlLane<E> {
         }
     }
 
-    fn carry_out(&mut self, fetched: Fetched) -> Result<(), QueueFault> {
+    fn carry_out(&mut self, fetched: Fetched, now: Moment) -> Result<(), QueueFault> {
         self.bytes.resize(fetched.bytes as usize, 0);
         self.queue.mirror.engine_ref().card().copy_out(self.place, &mut self.bytes);
         let command = Command::parse(&self.bytes, self.accepted, self.shared.settings.pairs);
         let answer = match command.and_then(|command| {
             tracing::debug!(?command, "the driver commands");
+            if command.changes_channels() {
+                self.resting_until = Some(now.after(REST));
+            }
             command.carry_out(&self.shared)
         }) {
             Ok(()) => spec::VIRTIO_NET_OK,
@@ -133,11 +147,11 @@ impl<E: DmaEngine> NetLane for ControlLane<E> {
         NetRole::Control
     }
 
-    fn turn(&mut self, _now: Moment, _chains_max: u16, _channel: Option<&mut (dyn NetChannel + 'static)>) -> bool {
+    fn turn(&mut self, now: Moment, _chains_max: u16, _channel: Option<&mut (dyn NetChannel + 'static)>) -> bool {
         if !self.queue.begin_turn() {
             return false;
         }
-        let worked = self.work();
+        let worked = self.work(now);
         self.queue.end_turn(worked)
     }
 
@@ -168,7 +182,12 @@ impl<E: DmaEngine> Lane for ControlLane<E> {
     }
 
     fn arm(&mut self) -> Option<bool> {
-        self.queue.arm(self.command.is_some(), false, u16::from(self.command.is_some()))
+        let has_command = self.command.is_some();
+        self.queue.arm(has_command, self.resting_until.is_some(), u16::from(has_command))
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        self.resting_until
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {

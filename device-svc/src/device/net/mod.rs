@@ -21,7 +21,7 @@ mod steering;
 mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use virtio_bindings::virtio_net as spec;
 use zerocopy::{Immutable, IntoBytes};
@@ -96,10 +96,21 @@ pub struct NetShared {
     /// Whether the operator wants the link up, and whether the uplink is there.
     wanted_up: AtomicBool,
     carrier_up: AtomicBool,
+    /// Wakes the reactors that the lanes are on.
+    wake: OnceLock<Wake>,
     /// The driver shall announce itself (virtio 1.3, 5.1.6.5.4).
     announce: AtomicBool,
     /// The address that the card shall announce in the driver's place, if any: 0 is none.
     announced_by_card: AtomicU64,
+}
+
+/// What wakes the reactors that lanes are on.
+struct Wake(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Wake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Wake(…)")
+    }
 }
 
 /// `struct virtio_net_config` up to what we offer (virtio 1.3, 5.1.4).
@@ -230,6 +241,7 @@ impl NetShared {
             mtu: AtomicU16::new(settings.mtu),
             wanted_up: AtomicBool::new(true),
             carrier_up: AtomicBool::new(carrier_up),
+            wake: OnceLock::new(),
             announce: AtomicBool::new(false),
             announced_by_card: AtomicU64::new(0),
             settings,
@@ -279,9 +291,18 @@ impl NetShared {
         Ok(())
     }
 
-    /// Release: a lane that sees the new epoch sees what was changed before.
+    /// Release: a lane that sees the new epoch sees what was changed before. Lanes may be on several reactors, and asleep: what one pair
+    /// does from now on may be for another.
     fn tell_lanes(&self) {
         self.epoch.fetch_add(1, Ordering::Release);
+        if let Some(Wake(wake)) = self.wake.get() {
+            wake();
+        }
+    }
+
+    /// From now on `wake` is called when lanes shall look at what has changed, on any thread, reactors' too. The first one stays.
+    pub fn wake_lanes_by(&self, wake: impl Fn() + Send + Sync + 'static) {
+        let _ = self.wake.set(Wake(Box::new(wake)));
     }
 
     /// Whether frames pass.

@@ -203,10 +203,11 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if self.waiting() > 0 && self.row(self.filled).writable >= bytes {
             return Some(1);
         }
-        let mut room = 0;
+        let mut room = 0_u32;
         let most = if self.merges { self.waiting() } else { self.waiting().min(1) };
         for count in 0..most {
-            room += self.row(self.filled.wrapping_add(count)).writable;
+            // Each chain may say that it has nearly 4 GiB.
+            room = room.saturating_add(self.row(self.filled.wrapping_add(count)).writable);
             if room >= bytes {
                 return Some(count + 1);
             }
@@ -289,13 +290,13 @@ impl<E: DmaEngine> ReceiveLane<E> {
         let most = u32::from(self.shared.mtu()) + ETHERNET_BYTES + VLAN_TAG_BYTES;
         for (number, frame) in frames.iter().enumerate() {
             if let Some(reason) = self.refuses(frame, most) {
-                self.queue.counters.net.drop_for(reason);
+                self.queue.counters.net.drops.add(reason, 1);
                 continue;
             }
             let needed = frame.length() + self.header_bytes;
             let Some(chains) = self.chains_for(needed) else {
                 if self.never_fits() {
-                    self.queue.counters.net.drop_for(DropReason::TooLong);
+                    self.queue.counters.net.drops.add(DropReason::TooLong, 1);
                     continue;
                 }
                 return Ok(number);
@@ -328,10 +329,7 @@ impl<E: DmaEngine> NetLane for ReceiveLane<E> {
             if self.epoch != Some(epoch) {
                 self.follow(epoch, channel);
             }
-            let missed = channel.missed();
-            if missed > 0 {
-                self.queue.counters.net.drops[DropReason::NoBuffers as usize].add(missed);
-            }
+            channel.missed().add_to(&self.queue.counters.net.drops);
         }
         if self.throttled_until.is_some_and(|until| until <= now) {
             self.throttled_until = None;

@@ -12,7 +12,7 @@ use super::NetShared;
 use super::hashing::Hashing;
 use crate::backend::BackendError;
 use crate::backend::net::inbox::{Inbox, Outbox, Wakers};
-use crate::backend::net::{BURST, Incoming, NetChannel, Offloads, Outgoing, Sent};
+use crate::backend::net::{BURST, Incoming, Missed, NetChannel, Offloads, Outgoing, Sent};
 
 /// The inboxes of all pairs of a function.
 #[derive(Debug)]
@@ -159,8 +159,16 @@ impl NetChannel for SteeringChannel {
         }
     }
 
-    fn missed(&mut self) -> u64 {
-        self.inner.missed() + self.outbox.missed()
+    #[inline]
+    fn missed(&mut self) -> Missed {
+        let mut missed = self.inner.missed();
+        missed += self.outbox.missed();
+        missed
+    }
+
+    #[inline]
+    fn lost_later(&mut self) -> u64 {
+        self.inner.lost_later()
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

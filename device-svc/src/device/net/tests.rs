@@ -226,11 +226,14 @@ impl Bed {
     }
 
     fn drops(&self, queue: usize, reason: crate::metrics::DropReason) -> u64 {
-        self.counters[queue].net.drops[reason as usize].get()
+        self.counters[queue].net.drops.get(reason)
     }
 
     fn drops_in_all(&self) -> u64 {
-        self.counters.iter().flat_map(|queue| queue.net.drops.iter()).map(crate::metrics::Counter::get).sum()
+        let all = |drops: &crate::metrics::Drops| {
+            crate::metrics::DropReason::ALL.map(|reason| drops.get(reason)).iter().sum::<u64>()
+        };
+        self.counters.iter().map(|queue| all(&queue.net.drops)).sum()
     }
 }
 

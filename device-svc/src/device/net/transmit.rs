@@ -264,7 +264,7 @@ impl<E: DmaEngine> TransmitLane<E> {
                 }
                 // Alone at the front it ends; otherwise the burst ends before it.
                 Err(reason) if self.frames.is_empty() => {
-                    self.queue.counters.net.drop_for(reason);
+                    self.queue.counters.net.drops.add(reason, 1);
                     self.end(number);
                     self.sent = number.wrapping_add(1);
                 }
@@ -287,7 +287,7 @@ impl<E: DmaEngine> TransmitLane<E> {
         self.full = sent.taken < self.frames.len();
         let mut tally = Tally::default();
         if sent.lost > 0 {
-            self.queue.counters.net.drops[DropReason::UplinkFull as usize].add(sent.lost as u64);
+            self.queue.counters.net.drops.add(DropReason::UplinkFull, sent.lost as u64);
         }
         let first = self.sent;
         for index in 0..self.frames.len() {
@@ -453,6 +453,10 @@ impl<E: DmaEngine> NetLane for TransmitLane<E> {
         let epoch = self.shared.epoch();
         if self.epoch.replace(epoch) != Some(epoch) && self.pair == 0 {
             self.announce(channel);
+        }
+        let lost = channel.lost_later();
+        if lost > 0 {
+            self.queue.counters.net.drops.add(DropReason::UplinkFull, lost);
         }
         // It may have room again: a channel that has none is asked once in a turn.
         self.full = false;

@@ -18,7 +18,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Device;
 use super::socket::{Lent, XdpSocket};
-use crate::backend::net::{BURST, ETHERNET_BYTES, Incoming, NetChannel, NetHeader, Offloads, Outgoing, Sent};
+use crate::backend::net::{BURST, ETHERNET_BYTES, Incoming, Missed, NetChannel, NetHeader, Offloads, Outgoing, Sent};
 
 /// Tries to send a burst before the rest of it is given back.
 const TRIES: usize = 4;
@@ -66,6 +66,8 @@ pub(super) struct XdpChannel {
     frames: Vec<Incoming>,
     lent: Vec<Lent>,
     released: usize,
+    /// What has come and was no frame.
+    bad: u64,
 }
 
 impl XdpChannel {
@@ -85,6 +87,7 @@ impl XdpChannel {
             frames: Vec::with_capacity(BURST),
             lent: Vec::with_capacity(BURST),
             released: 0,
+            bad: 0,
         })
     }
 
@@ -166,9 +169,10 @@ impl XdpChannel {
     /// Gives back what is no frame.
     #[cold]
     fn pass_over(&mut self) {
-        let Self { socket, frames, lent, .. } = self;
+        let Self { socket, frames, lent, bad, .. } = self;
         for frame in lent.iter().filter(|frame| frame.bytes < ETHERNET_BYTES) {
             socket.give_back(std::slice::from_ref(frame));
+            *bad += 1;
         }
         frames.retain(|frame| frame.length() >= ETHERNET_BYTES);
         lent.retain(|frame| frame.bytes >= ETHERNET_BYTES);
@@ -246,8 +250,9 @@ impl NetChannel for XdpChannel {
     }
 
     #[inline]
-    fn missed(&mut self) -> u64 {
-        self.socket.missed()
+    fn missed(&mut self) -> Missed {
+        let bad_header = std::mem::replace(&mut self.bad, 0);
+        Missed { no_buffers: self.socket.missed(), bad_header, ..Missed::NONE }
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

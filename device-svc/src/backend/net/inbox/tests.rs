@@ -53,7 +53,7 @@ fn what_finds_no_room_is_counted_and_the_rest_comes() {
     let (inbox, mut outbox) = opened();
     let taken = (0..FRAMES + 10).filter(|number| put(&inbox, 60, *number as u8)).count();
     assert_eq!(taken, FRAMES as usize);
-    assert_eq!((outbox.missed(), outbox.missed()), (10, 0));
+    assert_eq!((outbox.missed().no_buffers, outbox.missed().no_buffers), (10, 0));
     assert_eq!(outbox.frames(BURST).len(), BURST);
     // Those that are handed over stay until they are released.
     assert!(!put(&inbox, 60, 1));

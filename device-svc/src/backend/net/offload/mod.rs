@@ -12,7 +12,7 @@ mod transmit;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use super::{Carrier, Incoming, NetBackend, NetChannel, NetInfo, Offloads, Outgoing, PortSettings, Sent};
+use super::{Carrier, Incoming, Missed, NetBackend, NetChannel, NetInfo, Offloads, Outgoing, PortSettings, Sent};
 use crate::backend::BackendError;
 
 pub use segment::{CannotCut, Cut};
@@ -115,8 +115,14 @@ impl NetChannel for SoftwareOffloadChannel {
         self.inner.carry()
     }
 
-    fn missed(&mut self) -> u64 {
+    #[inline]
+    fn missed(&mut self) -> Missed {
         self.inner.missed()
+    }
+
+    #[inline]
+    fn lost_later(&mut self) -> u64 {
+        self.outbound.lost_later() + self.inner.lost_later()
     }
 
     fn arm_carrying(&mut self) -> bool {

@@ -299,6 +299,7 @@ fn what_is_half_sent_is_dropped_when_the_channel_is_disabled() {
     assert_eq!(transmit(&mut channel, &frames), Sent { taken: 1, lost: 0 });
     assert_eq!(transmit(&mut channel, &frames[1..]), Sent { taken: 0, lost: 0 });
     channel.enable(false);
+    assert_eq!((channel.lost_later(), channel.lost_later()), (1, 0), "it was taken");
     channel.enable(true);
     assert_eq!(transmit(&mut channel, &frames[1..]), Sent { taken: 1, lost: 0 });
     let wire = wire.lock().unwrap();

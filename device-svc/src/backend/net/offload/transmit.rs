@@ -54,7 +54,7 @@ pub(super) struct Outbound {
     entries: Vec<Entry>,
     rest: Option<Rest>,
     /// Frames that were taken, and lost later.
-    lost_later: usize,
+    lost_later: u64,
 }
 
 // SAFETY: the addresses in `ranges` and `list` are used only within one call.
@@ -79,8 +79,13 @@ impl Outbound {
 
     /// Nothing is on its way any more.
     pub(super) fn clear(&mut self) {
-        self.rest = None;
-        self.lost_later = 0;
+        self.lost_later += u64::from(self.rest.take().is_some());
+    }
+
+    /// Frames that were taken and lost later, since this was last asked.
+    #[inline]
+    pub(super) const fn lost_later(&mut self) -> u64 {
+        std::mem::replace(&mut self.lost_later, 0)
     }
 
     /// Whether a frame is sent in part.
@@ -96,6 +101,7 @@ impl Outbound {
     }
 
     fn send_rest(&mut self, inner: &mut dyn NetChannel) -> bool {
+        let mut lost = false;
         while let Some(Rest { of, next }) = self.rest {
             self.list.clear();
             self.entries.clear();
@@ -105,13 +111,14 @@ impl Outbound {
                 self.list_pieces(0, of, &cut, next);
             }
             let sent = inner.transmit(&self.list);
-            self.lost_later += usize::from(sent.lost > 0);
+            lost |= sent.lost > 0;
             if sent.taken < self.list.len() {
                 self.rest = Some(Rest { of, next: next + sent.taken as u32 });
-                return false;
+                break;
             }
         }
-        true
+        self.lost_later += u64::from(lost);
+        self.rest.is_none()
     }
 
     /// Sends frames of a VM to a channel that does as much as `covered`.
@@ -134,7 +141,6 @@ impl Outbound {
                 full = !self.go_on(inner);
             }
         }
-        sent.lost = (sent.lost + std::mem::take(&mut self.lost_later)).min(sent.taken);
         sent
     }
 

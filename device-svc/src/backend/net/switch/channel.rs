@@ -10,7 +10,7 @@ use super::{Plug, Port, PortNumber, Ports, Shared, UPLINK};
 use crate::backend::BackendError;
 use crate::backend::net::flow::Flow;
 use crate::backend::net::inbox::{Inbox, Outbox, Wakers};
-use crate::backend::net::{BURST, ETHERNET_BYTES, Incoming, NetChannel, Offloads, Outgoing, Sent};
+use crate::backend::net::{BURST, ETHERNET_BYTES, Incoming, Missed, NetChannel, Offloads, Outgoing, Sent};
 use crate::clock::Moment;
 
 /// What became of one frame.
@@ -41,6 +41,8 @@ pub(super) struct SwitchChannel {
     enabled: bool,
     /// A frame for the uplink was not taken: whoever makes room there rings the bell.
     waits: bool,
+    /// What the uplink missed while this channel looked after it.
+    missed: Missed,
     /// The bell, and what wakes the uplink.
     wakers: Wakers,
 }
@@ -51,7 +53,7 @@ impl SwitchChannel {
         let wakers = Wakers::new(&outbox, plug.shared.uplink.as_ref().and_then(UplinkSide::wake_fd))?;
         plug.add(&inbox);
         let view = View { ports: Arc::default(), epoch: None, ringing: None };
-        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, waits: false, wakers })
+        Ok(Self { plug, outbox, view, burst: Burst::new(), enabled: false, waits: false, missed: Missed::NONE, wakers })
     }
 }
 
@@ -96,11 +98,9 @@ impl View {
     fn put(&mut self, number: usize, frame: &Frame<'_>, vlan: u16, tag: Option<u16>) {
         let Some(Some(port)) = self.ports.get(number) else { return };
         let (Some(tag), Some(inbox)) = (tag_for(port.vlan, vlan, tag), inbox_of(port, frame)) else { return };
-        if port.vlan.is_some() && frame.has_hidden_tag() {
-            return;
-        }
-        let Some((header, bytes)) = frame.changed(tag) else {
-            inbox.miss();
+        let changed = if port.vlan.is_some() && frame.has_hidden_tag() { None } else { frame.changed(tag) };
+        let Some((header, bytes)) = changed else {
+            inbox.refuse();
             return;
         };
         if inbox.put(header, bytes, |room| frame.write(tag, room))
@@ -204,7 +204,7 @@ fn forward(plug: &Plug, view: &mut View, burst: &mut Burst, frame: &Outgoing, se
         None => view.put_all(plug.number, &frame, vlan, tag),
     }
     let (Some(uplink), Some(tag)) = (&shared.uplink, tag_for(None, vlan, tag)) else { return Became::Sent };
-    let goes = if full { uplink.keep(&frame, tag) } else { burst.push(&frame, tag) };
+    let goes = if full { uplink.keep(plug.number, &frame, tag) } else { burst.push(&frame, tag) };
     if goes { Became::Sent } else { Became::Lost }
 }
 
@@ -226,14 +226,14 @@ impl SwitchChannel {
         let mut sent = Sent::default();
         if let Some(mut held) = uplink.take() {
             if held.send_waiting() {
-                sent = held.send(self.burst.frames(0));
+                sent = held.send(self.plug.number, self.burst.frames(0));
             }
             give_back(&self.plug.shared, held);
         }
         // Somebody else has it, or it has no room: what is left waits, as far as there is room for that.
         let Sent { taken, mut lost } = sent;
         for frame in self.burst.frames(taken) {
-            lost += usize::from(!uplink.keep(&Frame::sent(frame), Tag::Keep));
+            lost += usize::from(!uplink.keep(self.plug.number, &Frame::sent(frame), Tag::Keep));
         }
         lost
     }
@@ -296,20 +296,29 @@ impl NetChannel for SwitchChannel {
     #[inline]
     fn carry(&mut self) -> bool {
         self.outbox.awake();
-        let Self { plug, view, .. } = self;
+        let Self { plug, view, missed, .. } = self;
         let shared = &plug.shared;
         let Some(mut held) = shared.uplink.as_ref().and_then(UplinkSide::take) else { return false };
         view.follow(shared);
         held.send_waiting();
         let mut at = None;
         let did = held.receive(|frame| distribute(view, shared, frame, *at.get_or_insert_with(second)));
+        *missed += held.missed();
         give_back(shared, held);
         view.ring();
         did
     }
 
-    fn missed(&mut self) -> u64 {
-        self.outbox.missed()
+    #[inline]
+    fn missed(&mut self) -> Missed {
+        let mut missed = std::mem::take(&mut self.missed);
+        missed += self.outbox.missed();
+        missed
+    }
+
+    #[inline]
+    fn lost_later(&mut self) -> u64 {
+        self.plug.shared.uplink.as_ref().map_or(0, |uplink| uplink.lost_of(self.plug.number))
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

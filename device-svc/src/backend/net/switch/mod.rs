@@ -208,6 +208,10 @@ impl Drop for Plug {
             }
         });
         self.shared.stations.forget(self.number);
+        if let Some(uplink) = &self.shared.uplink {
+            // Not the next one's at this number.
+            uplink.lost_of(self.number);
+        }
     }
 }
 

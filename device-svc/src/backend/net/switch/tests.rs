@@ -9,7 +9,7 @@ use super::*;
 use crate::backend::Segments;
 use crate::backend::net::bed::{Bed, all_sent, plain, received, transmit, until};
 use crate::backend::net::tap::{TapBackend, TapSettings};
-use crate::backend::net::{BURST, Checksum, Incoming, NetHeader, Octets, Outgoing, Sent};
+use crate::backend::net::{BURST, Checksum, Incoming, Missed, NetHeader, Octets, Outgoing, Sent};
 
 const ALL: Octets = [0xff; 6];
 
@@ -38,6 +38,9 @@ struct Wire {
     room: usize,
     /// Of those, so many are lost in each burst.
     lost: usize,
+    /// What it has missed, and frames that it will say later that it lost.
+    missed: Missed,
+    lost_later: u64,
 }
 
 struct WireBackend {
@@ -113,6 +116,12 @@ impl NetChannel for WireChannel {
     }
     fn release(&mut self, count: usize) {
         assert_eq!(count, self.bytes.len(), "the switch holds nothing back");
+    }
+    fn missed(&mut self) -> Missed {
+        std::mem::take(&mut self.wire.lock().unwrap().missed)
+    }
+    fn lost_later(&mut self) -> u64 {
+        std::mem::take(&mut self.wire.lock().unwrap().lost_later)
     }
     fn wake_fd(&self) -> Option<RawFd> {
         None
@@ -218,6 +227,7 @@ fn vlans_are_apart_and_tags_are_for_trunks() {
     let two = second(station(9), 10);
     send(trunk.as_mut(), &two);
     assert_eq!((come(ten.as_mut()), wire.sent()), (vec![], vec![two]));
+    assert_eq!(ten.missed(), Missed { bad_header: 1, ..Missed::NONE });
     // From a trunk, by its tag; without one it is for trunks alone.
     send(trunk.as_mut(), &with(20));
     assert_eq!((come(ten.as_mut()), come(twenty.as_mut())), (vec![], vec![plain.clone()]));
@@ -343,6 +353,42 @@ fn what_the_uplink_loses_is_counted() {
     assert!(lost > 1000, "{lost}");
 }
 
+/// What waited for the uplink is sent by whoever comes next, and counted with the port that it came from.
+#[test]
+fn what_the_uplink_loses_later_is_counted_where_it_comes_from() {
+    let wire = WireBackend::new();
+    let switch = SwitchBackend::new(Some(&wire)).unwrap();
+    let [mut a, mut b, mut c] = [(); 3].map(|()| plugged(&switch, None));
+    let from = |number| frame(ALL, station(number), None, number.into());
+    wire.wire.lock().unwrap().room = 0;
+    for from_a in [true, true, false, true] {
+        send(if from_a { a.as_mut() } else { b.as_mut() }, &from(1));
+    }
+    // Three bursts: of two, one and one frame, of each of which one is lost.
+    (wire.wire.lock().unwrap().room, wire.wire.lock().unwrap().lost) = (usize::MAX, 1);
+    c.carry();
+    assert_eq!(wire.sent().len(), 4);
+    assert_eq!([&mut a, &mut b, &mut c].map(|channel| channel.lost_later()), [2, 1, 0]);
+    assert_eq!(a.lost_later(), 0, "counted once");
+    // So is what the uplink took and lost behind the call.
+    (wire.wire.lock().unwrap().lost, wire.wire.lock().unwrap().lost_later) = (0, 3);
+    send(b.as_mut(), &from(2));
+    assert_eq!([&mut a, &mut b, &mut c].map(|channel| channel.lost_later()), [0, 3, 0]);
+    // What it missed is counted once, with the channel that looked after it.
+    let missed = Missed { no_buffers: 5, bad_header: 1, ..Missed::NONE };
+    wire.wire.lock().unwrap().missed = missed;
+    b.carry();
+    c.carry();
+    assert_eq!((b.missed(), c.missed()), (missed, Missed::NONE));
+    // A port that goes leaves nothing to the next one at its place.
+    (wire.wire.lock().unwrap().room, wire.wire.lock().unwrap().lost) = (0, 1);
+    send(c.as_mut(), &from(3));
+    wire.wire.lock().unwrap().room = usize::MAX;
+    b.carry();
+    drop(c);
+    assert_eq!(plugged(&switch, None).lost_later(), 0);
+}
+
 #[test]
 fn one_who_takes_nothing_loses_its_own_frames_alone() {
     let switch = SwitchBackend::new(None).unwrap();
@@ -352,16 +398,16 @@ fn one_who_takes_nothing_loses_its_own_frames_alone() {
         send(a.as_mut(), &frame(ALL, station(1), None, number));
         got += come(b.as_mut()).len();
     }
-    assert_eq!((got, b.missed()), (2000, 0));
+    assert_eq!((got, b.missed()), (2000, Missed::NONE));
     let mut waiting = 0;
     while let count @ 1.. = come(c.as_mut()).len() {
         waiting += count;
     }
-    assert_eq!(c.missed(), 2000 - waiting as u64);
+    assert_eq!(c.missed(), Missed { no_buffers: 2000 - waiting as u64, ..Missed::NONE });
     assert!(waiting > 100, "{waiting}");
     c.enable(false);
     send(a.as_mut(), &frame(ALL, station(1), None, 1));
-    assert_eq!((come(c.as_mut()), c.missed()), (vec![], 0), "one that is not enabled is sent nothing");
+    assert_eq!((come(c.as_mut()), c.missed()), (vec![], Missed::NONE), "one that is not enabled is sent nothing");
 }
 
 #[test]

@@ -6,13 +6,14 @@
 #![expect(unsafe_code, reason = "hands the addresses of frames to a channel")]
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::frame::{Frame, HEAD_BYTES, Tag, range_of};
+use super::{PORTS_MAX, PortNumber};
 use crate::backend::net::inbox::{Inbox, Outbox};
 use crate::backend::net::{
-    BURST, Incoming, NetBackend, NetChannel, NetHeader, Offloads, Outgoing, Sent, VLAN_TAG_BYTES,
+    BURST, Incoming, Missed, NetBackend, NetChannel, NetHeader, Offloads, Outgoing, Sent, VLAN_TAG_BYTES,
 };
 use crate::backend::{BackendError, Segments};
 
@@ -27,6 +28,7 @@ pub(super) struct Held {
     room_came: bool,
     ranges: Vec<libc::iovec>,
     frames: Vec<Outgoing>,
+    lost: Arc<[AtomicU64]>,
 }
 
 // SAFETY: the addresses in the lists are used only within one call.
@@ -37,6 +39,8 @@ pub(super) struct UplinkSide {
     held: Mutex<Held>,
     waiting: Arc<Inbox>,
     wake_fd: Option<RawFd>,
+    /// Frames of each port that were taken and lost later.
+    lost: Arc<[AtomicU64]>,
     /// Channels of the switch that carry frames.
     users: AtomicUsize,
 }
@@ -50,8 +54,17 @@ impl UplinkSide {
         outbox.open(true);
         let wake_fd = channel.wake_fd();
         let (ranges, frames) = (Vec::with_capacity(BURST), Vec::with_capacity(BURST));
-        let held = Held { channel, waiting: outbox, is_full: false, room_came: false, ranges, frames };
-        Ok(Self { held: Mutex::new(held), waiting, wake_fd, users: AtomicUsize::new(0) })
+        let lost: Arc<[AtomicU64]> = (0..=PORTS_MAX).map(|_| AtomicU64::new(0)).collect();
+        let held = Held {
+            channel,
+            waiting: outbox,
+            is_full: false,
+            room_came: false,
+            ranges,
+            frames,
+            lost: Arc::clone(&lost),
+        };
+        Ok(Self { held: Mutex::new(held), waiting, wake_fd, lost, users: AtomicUsize::new(0) })
     }
 
     /// The channel, if nobody has it.
@@ -82,10 +95,17 @@ impl UplinkSide {
         }
     }
 
-    /// Keeps a frame until it can be sent. Returns whether there was room.
-    pub(super) fn keep(&self, frame: &Frame<'_>, tag: Tag) -> bool {
+    /// Keeps a frame of a port's until it can be sent. Returns whether there was room.
+    pub(super) fn keep(&self, port: PortNumber, frame: &Frame<'_>, tag: Tag) -> bool {
         let Some((header, bytes)) = frame.changed(tag) else { return false };
-        self.waiting.put(header, bytes, |room| frame.write(tag, room))
+        self.waiting.put_from(port.0, header, bytes, |room| frame.write(tag, room))
+    }
+
+    /// Frames of a port that were taken and lost later, since this was last asked.
+    #[inline]
+    pub(super) fn lost_of(&self, port: PortNumber) -> u64 {
+        let lost = &self.lost[port.index()];
+        if lost.load(Ordering::Relaxed) == 0 { 0 } else { lost.swap(0, Ordering::Relaxed) }
     }
 }
 
@@ -111,11 +131,12 @@ impl Held {
     /// Sends what waits and is complete. Returns whether the network had room for it.
     #[inline]
     fn send_complete(&mut self) -> bool {
-        let Self { channel, waiting, ranges, frames, .. } = self;
+        let Self { channel, waiting, ranges, frames, lost, .. } = self;
         while !waiting.is_empty() {
             ranges.clear();
             frames.clear();
-            let kept = waiting.frames(BURST);
+            // A burst says how many it lost, not which: so that they are counted where they come from, it is one port's.
+            let (port, kept) = waiting.frames_of_one(BURST);
             ranges.extend(kept.iter().map(range_of));
             for (frame, range) in kept.iter().zip(ranges.iter()) {
                 // SAFETY: the list does not grow any more, and the frames stay until they are released, after `transmit`.
@@ -123,6 +144,10 @@ impl Held {
                 frames.push(Outgoing { header: frame.header, segments, bytes: frame.length() });
             }
             let sent = channel.transmit(frames);
+            let lost_now = sent.lost as u64 + channel.lost_later();
+            if lost_now > 0 {
+                lost[usize::from(port)].fetch_add(lost_now, Ordering::Relaxed);
+            }
             let all = sent.taken == frames.len();
             waiting.release(sent.taken);
             if !all {
@@ -132,10 +157,15 @@ impl Held {
         true
     }
 
-    /// Sends a burst.
+    /// Sends a burst of a port's.
     #[inline]
-    pub(super) fn send(&mut self, frames: &[Outgoing]) -> Sent {
-        self.channel.transmit(frames)
+    pub(super) fn send(&mut self, port: PortNumber, frames: &[Outgoing]) -> Sent {
+        let sent = self.channel.transmit(frames);
+        let lost_later = self.channel.lost_later();
+        if lost_later > 0 {
+            self.lost[port.index()].fetch_add(lost_later, Ordering::Relaxed);
+        }
+        sent
     }
 
     /// Hands what has come to `each`. Returns whether there was anything.
@@ -148,6 +178,12 @@ impl Held {
             self.channel.release(count);
         }
         count > 0
+    }
+
+    /// Frames that were lost before anybody could see whom they were for.
+    #[inline]
+    pub(super) fn missed(&mut self) -> Missed {
+        self.channel.missed()
     }
 
     pub(super) fn woken(&mut self) {

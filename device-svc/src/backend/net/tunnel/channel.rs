@@ -11,27 +11,31 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use io_uring::{cqueue, opcode, types};
 use nix::errno::Errno;
 
+use super::super::polled_ring::PolledRing;
 use super::super::slab::{PLACE_BYTES, Slab};
-use super::super::{BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, NetChannel, NetHeader, Offloads, Outgoing, Sent};
+use super::super::{
+    BURST, ETHERNET_BYTES, FRAME_BYTES_MAX, Incoming, Missed, NetChannel, NetHeader, Offloads, Outgoing, Sent,
+};
 use super::endpoint::Receiver;
 use super::flow::{self, HEAD_BYTES};
 use super::outer::{OuterAddress, SocketAddress};
 use super::wire::{OUTER_HEADER_BYTES, OuterHeader};
 use super::{Tunnel, socket};
 use crate::backend::BackendError;
-use crate::backend::ring::{Ring, Users};
+use crate::backend::ring::Users;
 use crate::clock::Moment;
 
 /// Two polls, and room to spare.
 const ENTRIES: u32 = 8;
-const FILE: types::Fixed = types::Fixed(0);
-const POLL_IN: u64 = 1;
-const POLL_OUT: u64 = 2;
 /// Ranges of a burst at first: it may grow.
 const RANGES: usize = BURST * 8;
+
+/// A datagram that holds no frame.
+const BAD: Missed = Missed { bad_header: 1, ..Missed::NONE };
+/// Bursts of a backlog until the socket is asked in the middle of it.
+const FULL_BURSTS_MAX: u32 = 4096;
 
 /// Messages of a burst, and the end points that they come from or go to.
 struct Messages {
@@ -63,7 +67,9 @@ impl Messages {
 struct Described {
     first_range: usize,
     ranges: usize,
-    went: bool,
+    /// To how many it goes, and to how many it went.
+    copies: usize,
+    went: usize,
 }
 
 /// One channel.
@@ -71,17 +77,9 @@ pub(super) struct TunnelChannel {
     tunnel: Arc<Tunnel>,
     receiver: Receiver,
     sender: OwnedFd,
-    ring: Ring,
+    ring: PolledRing,
     header: OuterHeader,
     enabled: bool,
-    /// Whether the kernel's poll stands.
-    polled: bool,
-    /// There may be datagrams to read.
-    readable: bool,
-    /// A frame was not taken, and a poll tells when there is room.
-    waits_for_room: bool,
-    /// It has told, and whoever gave that frame may not know yet: they have their turn before their reactor sleeps.
-    room_came: bool,
     slab: Slab,
     places: Box<[libc::iovec; BURST]>,
     incoming: Messages,
@@ -92,6 +90,13 @@ pub(super) struct TunnelChannel {
     headers: Box<[OuterHeader; BURST]>,
     ranges: Vec<libc::iovec>,
     described: [Described; BURST],
+    /// Copies that were lost of frames of which another went.
+    lost_copies: u64,
+    /// Datagrams that were no frames for us, by reason; bursts that came in full since the kernel was asked what it had no room for, and
+    /// its answer then.
+    missed: Missed,
+    full_bursts: u32,
+    overflows: u32,
     /// Of which frame each message is a copy, and to whom it goes.
     copies: Vec<(usize, OuterAddress)>,
 }
@@ -103,7 +108,7 @@ impl TunnelChannel {
     pub(super) fn new(tunnel: Arc<Tunnel>, users: Users) -> Result<Self, BackendError> {
         let receiver = tunnel.network.open_receiver()?;
         let sender = tunnel.network.open_sender()?;
-        let ring = Ring::new(receiver.socket.as_fd(), ENTRIES, "a tunnel", users)?;
+        let ring = PolledRing::new(receiver.socket.as_fd(), ENTRIES, "a tunnel", users)?;
         let header = tunnel.kind.header(tunnel.vni, tunnel.port);
         let nowhere = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         Ok(Self {
@@ -112,10 +117,6 @@ impl TunnelChannel {
             ring,
             header,
             enabled: false,
-            polled: false,
-            readable: false,
-            waits_for_room: false,
-            room_came: false,
             slab: Slab::new(),
             places: Box::new([nowhere; BURST]),
             incoming: Messages::new(),
@@ -125,6 +126,10 @@ impl TunnelChannel {
             headers: Box::new([header; BURST]),
             ranges: Vec::with_capacity(RANGES),
             described: [Described::default(); BURST],
+            lost_copies: 0,
+            missed: Missed::NONE,
+            full_bursts: 0,
+            overflows: 0,
             copies: Vec::with_capacity(BURST),
             tunnel,
         })
@@ -136,81 +141,12 @@ impl TunnelChannel {
         if self.tunnel.remotes.learns() { (Moment::now().0 / 1_000_000_000) as u32 } else { 0 }
     }
 
-    /// The ring was made with all that it is asked for, so a refusal is a fault of ours.
-    #[cold]
-    fn broken(&self, error: &std::io::Error) -> ! {
-        panic!("io_uring of the tunnel at {}: {error}", self.tunnel.network.describe());
-    }
-
-    /// Takes what the polls have noted.
-    #[inline]
-    fn take(&mut self) {
-        let Self { ring, polled, readable, waits_for_room, room_came, .. } = self;
-        for entry in ring.ended() {
-            match entry.user_data() {
-                POLL_IN => {
-                    *readable = true;
-                    *polled = cqueue::more(entry.flags());
-                }
-                _ => (*waits_for_room, *room_came) = (false, true),
-            }
-        }
-    }
-
-    #[inline]
-    fn exchange(&mut self) {
-        if let Err(error) = self.ring.exchange() {
-            self.broken(&error);
-        }
-        self.take();
-        if self.waits_for_room && !self.ring.armed() {
-            self.arm_for_room();
-        }
-    }
-
-    /// Reactors are told of room even when they do not ask for frames.
-    #[cold]
-    fn arm_for_room(&mut self) {
-        while self.waits_for_room && !self.ring.armed() {
-            if let Err(error) = self.ring.arm() {
-                self.broken(&error);
-            }
-            self.take();
-        }
-    }
-
-    #[cold]
-    fn poll_for_frames(&mut self) {
-        self.polled = true;
-        let poll = opcode::PollAdd::new(FILE, libc::POLLIN as u32).multi(true).build().user_data(POLL_IN);
-        // SAFETY: a poll points nowhere.
-        unsafe { self.ring.push(&poll) };
-    }
-
-    #[cold]
-    fn poll_for_room(&mut self) {
-        self.waits_for_room = true;
-        let file = types::Fd(self.sender.as_raw_fd());
-        let poll = opcode::PollAdd::new(file, libc::POLLOUT as u32).build().user_data(POLL_OUT);
-        // SAFETY: a poll points nowhere.
-        unsafe { self.ring.push(&poll) };
-        self.exchange();
-    }
-
     #[inline]
     fn read(&mut self, most: usize) {
-        if !self.polled {
-            self.poll_for_frames();
-            self.readable = true;
-            self.exchange();
-        } else if !self.readable {
-            if !self.ring.has_work() {
-                return;
-            }
-            self.exchange();
-        }
+        self.ring.poll_for_frames();
+        self.ring.look();
         let count = most.min(BURST);
-        if !self.readable || count == 0 {
+        if !self.ring.readable || count == 0 {
             return;
         }
         self.frames.clear();
@@ -229,36 +165,48 @@ impl TunnelChannel {
             Err(Errno::EINTR) => return,
             Err(_) => 0,
         };
-        self.readable = come == count;
+        self.ring.readable = come == count;
+        self.full_bursts += u32::from(come == BURST);
         let now_seconds = self.now_seconds();
         for number in 0..come {
             self.accept(number, now_seconds);
         }
     }
 
-    /// Takes what was read to a place, if it is a frame of our network from somebody who is believed.
+    /// Takes what was read to a place, if it is a frame of our network from somebody who is believed; if not, that is counted.
     #[inline]
     fn accept(&mut self, number: usize, now_seconds: u32) {
+        match self.frame(number, now_seconds) {
+            Ok(frame) => self.frames.push(frame),
+            Err(missed) => self.missed += missed,
+        }
+    }
+
+    #[inline]
+    fn frame(&self, number: usize, now_seconds: u32) -> Result<Incoming, Missed> {
         let message = &self.incoming.messages[number];
         let whole = message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
-        let Some(from) = self.incoming.addresses[number].address().filter(|_| whole) else { return };
+        let from = self.incoming.addresses[number].address().filter(|_| whole).ok_or(BAD)?;
         let place = self.slab.place(number).cast_const();
         let length = (message.msg_len as usize).min(PLACE_BYTES);
         // SAFETY: the kernel wrote so many bytes, and nobody writes them now.
         let datagram = unsafe { std::slice::from_raw_parts(place, length) };
-        let Ok(encapsulated) = self.tunnel.kind.parse(datagram) else { return };
-        if encapsulated.vni != self.tunnel.vni || !self.tunnel.remotes.takes(from) {
-            return;
+        let encapsulated = self.tunnel.kind.parse(datagram).map_err(|_| BAD)?;
+        if encapsulated.vni != self.tunnel.vni {
+            return Err(Missed { not_for_us: 1, ..Missed::NONE });
+        }
+        if !self.tunnel.remotes.takes(from) {
+            return Err(Missed { spoofed: 1, ..Missed::NONE });
         }
         let frame = &datagram[encapsulated.frame_at..];
         if !(ETHERNET_BYTES as usize..=FRAME_BYTES_MAX as usize).contains(&frame.len()) {
-            return;
+            return Err(BAD);
         }
         if let [_, source, ..] = frame.as_chunks::<6>().0 {
             self.tunnel.remotes.hear(*source, from, now_seconds);
         }
         // SAFETY: it lies in the place, which is written again only when all frames are released.
-        self.frames.push(unsafe { Incoming::new(NetHeader::DONE, frame.as_ptr(), frame.len() as u32) });
+        Ok(unsafe { Incoming::new(NetHeader::DONE, frame.as_ptr(), frame.len() as u32) })
     }
 
     /// Describes one frame and finds out to whom it goes. Its copies are sent when there are as many as a call takes. Returns false when
@@ -276,11 +224,13 @@ impl TunnelChannel {
         let base = std::ptr::from_mut(&mut self.headers[number]).cast();
         self.ranges.push(libc::iovec { iov_base: base, iov_len: OUTER_HEADER_BYTES });
         self.ranges.extend_from_slice(frame.segments.as_slice());
-        self.described[number] = Described { first_range, ranges: self.ranges.len() - first_range, went: false };
-        if let Some(address) = self.tunnel.remotes.find(*destination, now_seconds) {
+        let address = self.tunnel.remotes.find(*destination, now_seconds);
+        let copies = if address.is_some() { 1 } else { self.tunnel.remotes.named().len() };
+        self.described[number] = Described { first_range, ranges: self.ranges.len() - first_range, copies, went: 0 };
+        if let Some(address) = address {
             return self.copy_to(number, address);
         }
-        for remote in 0..self.tunnel.remotes.named().len() {
+        for remote in 0..copies {
             if !self.copy_to(number, self.tunnel.remotes.named()[remote]) {
                 return false;
             }
@@ -315,7 +265,7 @@ impl TunnelChannel {
             match unsafe { socket::send_messages(&self.sender, &mut self.outgoing.messages[done..count]) } {
                 Ok(went) => {
                     for (frame, _) in &self.copies[done..done + went] {
-                        self.described[*frame].went = true;
+                        self.described[*frame].went += 1;
                     }
                     done += went;
                 }
@@ -357,7 +307,9 @@ impl NetChannel for TunnelChannel {
         if enabled != self.enabled {
             self.enabled = enabled;
             self.receiver.enable(enabled);
-            self.readable = enabled;
+            self.ring.readable = enabled;
+            self.full_bursts = 0;
+            self.overflows = socket::overflows(&self.receiver.socket).unwrap_or(self.overflows);
             self.frames.clear();
             self.released = 0;
         }
@@ -371,9 +323,7 @@ impl NetChannel for TunnelChannel {
         if !self.enabled {
             return Sent { taken: count, lost: count };
         }
-        if self.waits_for_room && self.ring.has_work() {
-            self.exchange();
-        }
+        self.ring.look_for_room();
         self.ranges.clear();
         self.copies.clear();
         let now_seconds = self.now_seconds();
@@ -386,12 +336,18 @@ impl NetChannel for TunnelChannel {
         if !has_room {
             // The first copy that did not go is still there. If others of its frame did, the frame is not given again.
             taken = self.copies.first().map_or(described, |(frame, _)| *frame);
-            taken += usize::from(self.described[..count].get(taken).is_some_and(|frame| frame.went));
-            if !self.waits_for_room {
-                self.poll_for_room();
+            taken += usize::from(self.described[..count].get(taken).is_some_and(|frame| frame.went > 0));
+            self.ring.poll_for_room(Some(self.sender.as_raw_fd()));
+        }
+        let mut lost = 0;
+        for Described { copies, went, .. } in &self.described[..taken] {
+            if *went == 0 {
+                lost += 1;
+            } else {
+                self.lost_copies += (copies - went) as u64;
             }
         }
-        Sent { taken, lost: self.described[..taken].iter().filter(|frame| !frame.went).count() }
+        Sent { taken, lost }
     }
 
     #[inline]
@@ -408,6 +364,23 @@ impl NetChannel for TunnelChannel {
         self.released = self.frames.len().min(self.released.saturating_add(count));
     }
 
+    /// A backlog is asked about once when all of it has been read, or after so many bursts that never end.
+    #[inline]
+    fn missed(&mut self) -> Missed {
+        let mut missed = std::mem::take(&mut self.missed);
+        if self.full_bursts > 0 && (!self.ring.readable || self.full_bursts >= FULL_BURSTS_MAX) {
+            self.full_bursts = 0;
+            let overflows = socket::overflows(&self.receiver.socket).unwrap_or(self.overflows);
+            missed.no_buffers += u64::from(overflows.wrapping_sub(std::mem::replace(&mut self.overflows, overflows)));
+        }
+        missed
+    }
+
+    #[inline]
+    fn lost_later(&mut self) -> u64 {
+        std::mem::replace(&mut self.lost_copies, 0)
+    }
+
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.ring.fd())
     }
@@ -419,15 +392,6 @@ impl NetChannel for TunnelChannel {
         if !self.enabled {
             return true;
         }
-        if self.readable || std::mem::take(&mut self.room_came) || self.ring.has_work() {
-            return false;
-        }
-        if !self.ring.armed() {
-            if let Err(error) = self.ring.arm() {
-                self.broken(&error);
-            }
-            self.take();
-        }
-        !self.readable && !self.room_came && self.polled && self.ring.armed()
+        self.ring.may_sleep()
     }
 }

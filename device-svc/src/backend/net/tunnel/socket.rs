@@ -34,6 +34,8 @@ const SEND_BUFFER_BYTES: usize = 512 << 10;
 const RECEIVE_BUFFER_BYTES: usize = 2 << 20;
 /// Where the checksum is in UDP's header.
 const CHECKSUM_AT: libc::c_int = 6;
+/// Which count of `SO_MEMINFO` is of what was dropped: the last.
+const MEMORY_DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
 /// `IPV6_CHECKSUM` of linux/in6.h.
 const IPV6_CHECKSUM: libc::c_int = 7;
 
@@ -142,6 +144,18 @@ pub(super) fn drain(receiver: &OwnedFd) {
             return;
         }
     }
+}
+
+/// Datagrams for which the socket had no room, since it was made; the count wraps.
+pub(super) fn overflows(receiver: &OwnedFd) -> Result<u32, Errno> {
+    let mut counts = [0_u32; MEMORY_DROPS + 1];
+    let mut bytes = size_of_val(&counts) as libc::socklen_t;
+    let to = counts.as_mut_ptr().cast();
+    // SAFETY: the kernel writes as many bytes as said at most.
+    let result =
+        unsafe { libc::getsockopt(receiver.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, to, &raw mut bytes) };
+    Errno::result(result)?;
+    Ok(counts[MEMORY_DROPS])
 }
 
 /// The interface that has an address, and whether it can carry anything: it is set up, and so is the wire behind it. In the

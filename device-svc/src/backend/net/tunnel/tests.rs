@@ -11,7 +11,7 @@ use etherparse::{NetHeaders, PacketHeaders, TransportHeader};
 
 use self::bed::{Bed, address, came, channel, frame, received, sent, station, take, transmit, until};
 use super::super::bed::Sleeper;
-use super::super::{BURST, NetBackend, NetChannel};
+use super::super::{BURST, Missed, NetBackend, NetChannel};
 use super::remotes::Learning;
 use super::wire::{TUNNEL_HEADER_BYTES, TunnelKind};
 use super::{TunnelBackend, TunnelSettings};
@@ -171,6 +171,7 @@ fn strangers_are_believed_only_where_it_was_said() {
         let come = take(&mut *channel, 1 + usize::from(believed));
         assert_eq!(come.contains(&from_stranger), believed, "{remotes:?}, {learning:?}");
         assert_eq!(come.last(), Some(&second));
+        assert_eq!(channel.missed(), Missed { spoofed: u64::from(!believed), ..Missed::NONE });
         drop(friend);
         let answer = transmit(&mut *channel, &[frame(station(9), station(1), 3, 60)]);
         assert_eq!((answer, received(&stranger).len()), (sent(1, 0), usize::from(believed)), "{remotes:?}");
@@ -242,6 +243,50 @@ fn what_is_no_frame_of_ours_is_dropped() {
     }
     let come = take(&mut *channel, 3);
     assert_eq!(come, [&good[8..], &longest[8..], &good[8..]]);
+    // Those that name this network; the others are nobody's, and the kernel does not bring them here.
+    assert_eq!(channel.missed(), Missed { bad_header: 2, ..Missed::NONE });
+    assert_eq!(channel.missed(), Missed::NONE);
+}
+
+/// Of a frame that goes to several, each copy that is lost counts; the frame itself went.
+#[test]
+fn copies_that_are_lost_are_counted() {
+    let Some(bed) = Bed::new() else { return };
+    let settings = bed.settings(false, 7, 1, &[2, 3]);
+    let far = [192, 0, 2, 1].into();
+    let settings = TunnelSettings { remotes: [settings.remotes.clone(), vec![far]].concat(), ..settings };
+    let mut channel = channel(&TunnelBackend::new(&settings).unwrap());
+    let remotes = [2, 3].map(|number| bed.stranger(number));
+    let to_all = vec![frame(BROADCAST, station(1), 1, 60); 5];
+    assert_eq!(transmit(&mut *channel, &to_all), sent(5, 0));
+    assert_eq!(remotes.map(|remote| received(&remote).len()), [5, 5]);
+    assert_eq!((channel.lost_later(), channel.lost_later()), (5, 0));
+}
+
+#[test]
+fn what_the_kernel_has_no_room_for_is_counted() {
+    let Some(bed) = Bed::new() else { return };
+    let tunnel = bed.tunnel(7, 1, &[2]);
+    let mut channel = channel(&tunnel);
+    let remote = bed.stranger(2);
+    let own = (address(false, 1), 4789);
+    let total = 20_000;
+    let one = datagram(7, &frame(station(1), station(9), 1, 1000));
+    for _ in 0..total {
+        remote.send_to(&one, own).unwrap();
+    }
+    let (mut come, mut missed) = (0, Missed::NONE);
+    until(|| {
+        come += came(&mut *channel).len();
+        missed += channel.missed();
+        come + missed.no_buffers as usize >= total
+    });
+    assert!(come > BURST && missed.no_buffers > 0, "{come} and {missed:?}");
+    assert_eq!(come + missed.no_buffers as usize, total);
+    // What came before a driver is not its loss.
+    channel.enable(false);
+    channel.enable(true);
+    assert_eq!(channel.missed(), Missed::NONE);
 }
 
 #[test]

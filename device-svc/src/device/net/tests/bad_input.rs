@@ -114,6 +114,20 @@ fn a_buffer_outside_memory_stops_the_queue() {
     }
 }
 
+/// Buffers may say that they are nearly 4 GiB long; what is not written to is not looked at.
+#[test]
+fn lengths_that_add_up_to_more_than_there_is_are_room_enough() {
+    let mut bed = Bed::new(&Shape::new());
+    let base = 0x1_0000 + (4 << 20);
+    for (at, length) in [(base, 20), (base + 4096, u32::MAX - 10)] {
+        assert!(bed.receive.queue().add(&[Buffer { address: Iova(at), length, writable: true }], 0));
+    }
+    bed.send(&frame_to(PEER, 100, 1));
+    bed.until("packet", |bed| (bed.counters[0].net.packets.get() == 1).then_some(()));
+    assert_eq!(bed.drops_in_all(), 0);
+    assert!(bed.faults.0.lock().unwrap().is_empty());
+}
+
 #[test]
 fn a_chain_of_the_wrong_kind_stops_the_queue() {
     let buffer = |length, writable| Buffer { address: Iova(0x1_0000), length, writable };

@@ -1,6 +1,7 @@
 //! What the driver says on the control queue, and what it changes.
 
 use super::*;
+use crate::backend::net::offload::SoftwareOffload;
 use crate::metrics::DropReason;
 
 const OK: u8 = spec::VIRTIO_NET_OK as u8;
@@ -208,4 +209,44 @@ fn hashes_are_reported_to_a_driver_that_asked_for_them() {
         assert_eq!(bed.frame().0.hash_report, 0, "forgotten with a reset");
         assert!(bed.faults.0.lock().unwrap().is_empty());
     }
+}
+
+/// What changes channels is done by system calls, on a reactor that others use: a driver that toggles gets its turn now and then.
+#[test]
+fn a_driver_that_toggles_its_channels_waits() {
+    const REST_NS: u64 = 10_000_000;
+    let network = SoftwareOffload::new(Arc::new(LoopbackBackend::new()));
+    let mut bed = Bed::over(&Shape::new(), &network);
+    let (class, set) = (spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS, spec::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET);
+    let (rx, promiscuous) = (spec::VIRTIO_NET_CTRL_RX, spec::VIRTIO_NET_CTRL_RX_PROMISC);
+    let start = bed.now;
+    for _ in 0..50 {
+        assert_eq!(bed.command(rx, promiscuous, &[0]), OK);
+    }
+    assert!(bed.now - start < REST_NS, "what costs nothing is done at once");
+    for _ in 0..3 {
+        let start = bed.now;
+        assert_eq!(bed.command(class, set, &0_u64.to_le_bytes()), OK);
+        assert!(bed.now - start < REST_NS);
+        assert!(bed.lanes[2].deadline().is_some(), "its reactor may sleep meanwhile");
+        assert_eq!(bed.command(rx, promiscuous, &[1]), OK);
+        assert!(bed.now - start >= REST_NS);
+    }
+    assert_eq!(bed.lanes[2].deadline(), None);
+}
+
+/// Lanes on other reactors may be asleep when the driver, or the operator, changes something.
+#[test]
+fn lanes_are_woken_for_what_has_changed() {
+    let mut bed = Bed::new(&Shape::new());
+    let woken = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&woken);
+    bed.shared.wake_lanes_by(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    assert_eq!(bed.command(spec::VIRTIO_NET_CTRL_RX, spec::VIRTIO_NET_CTRL_RX_PROMISC, &[0]), OK);
+    assert_eq!(woken.load(Ordering::Relaxed), 1);
+    bed.shared.set_mac(OTHER);
+    bed.shared.set_wanted_up(false);
+    assert_eq!(woken.load(Ordering::Relaxed), 3);
 }

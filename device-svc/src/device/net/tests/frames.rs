@@ -1,6 +1,7 @@
 //! Frames arrive whole, in order and once, however memory is used.
 
 use super::*;
+use crate::backend::net::{Incoming, Missed, Outgoing, Sent};
 use crate::metrics::DropReason;
 
 const PEER: Octets = [0x52, 0x54, 0, 9, 9, 9];
@@ -152,4 +153,48 @@ fn a_limit_delays_and_loses_nothing() {
     // Each passes twice, out and in: 40 frames at 1,000 a second.
     assert!(bed.now - start > 30_000_000, "{} ns", bed.now - start);
     assert!(bed.counters[1].throttled.get() > 0);
+}
+
+/// A channel that has lost frames, which it says once.
+struct Losing {
+    missed: Missed,
+    lost_later: u64,
+}
+
+impl NetChannel for Losing {
+    fn enable(&mut self, _enabled: bool) {}
+    fn leave_undone(&mut self, _offloads: Offloads) {}
+    fn transmit(&mut self, frames: &[Outgoing]) -> Sent {
+        Sent { taken: frames.len(), lost: 0 }
+    }
+    fn receive(&mut self, _most: usize) -> &[Incoming] {
+        &[]
+    }
+    fn release(&mut self, _count: usize) {}
+    fn missed(&mut self) -> Missed {
+        std::mem::take(&mut self.missed)
+    }
+    fn lost_later(&mut self) -> u64 {
+        std::mem::take(&mut self.lost_later)
+    }
+    fn wake_fd(&self) -> Option<std::os::fd::RawFd> {
+        None
+    }
+    fn arm(&mut self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn what_a_channel_lost_is_counted_with_its_queue() {
+    let mut bed = Bed::new(&Shape::new());
+    let missed = Missed { no_buffers: 1, bad_header: 2, not_for_us: 3, spoofed: 4 };
+    bed.channel = Box::new(Losing { missed, lost_later: 5 });
+    for _ in 0..3 {
+        bed.turn();
+    }
+    let reasons = [DropReason::NoBuffers, DropReason::BadHeader, DropReason::NotForUs, DropReason::Spoofed];
+    assert_eq!(reasons.map(|reason| bed.drops(0, reason)), [1, 2, 3, 4]);
+    assert_eq!(bed.drops(1, DropReason::UplinkFull), 5);
+    assert_eq!(bed.drops_in_all(), 15);
 }
