@@ -181,7 +181,11 @@ fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Serv
             command
         }
     };
-    command.arg("serve").arg("--config").arg(configuration).env("RUST_LOG", "error").stdout(Stdio::piped());
+    command
+        .args(["serve", "--no-state", "--config"])
+        .arg(configuration)
+        .env("RUST_LOG", "error")
+        .stdout(Stdio::piped());
     let mut child = cpus.on_server(|| command.spawn()).context("start device-svc")?;
     let output = child.stdout.take().context("its output is piped")?;
     let server = Server { child, folder };

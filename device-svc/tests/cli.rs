@@ -17,6 +17,7 @@ count = 1
 [control]
 listen = "unix:card.sock"
 metrics = "127.0.0.1:0"
+state = "state"
 
 [[volume]]
 name = "scratch"
@@ -141,7 +142,10 @@ fn a_card_from_start_to_end() {
     assert_eq!(ask(&["function", "delete", "g"]), "function g deleted\n");
     assert_eq!(ask(&["volume", "delete", "more"]), "volume more deleted\n");
 
+    let process = served.child.id();
     let second = refused(&["serve", "--config", "dray.toml"], served.path());
+    assert!(second.contains(&format!("/state is used by process {process}; end that, or give this card")), "{second}");
+    let second = refused(&["serve", "--config", "dray.toml", "--no-state"], served.path());
     assert!(second.contains("card.sock is in use by a running service"), "{second}");
     served.end(Signal::SIGTERM);
 }
@@ -373,7 +377,7 @@ fn a_bad_configuration_starts_nothing() {
         let line = refused(&[command, "--config", "dray.toml"], folder.path());
         assert_eq!(
             line,
-            "dray.toml:13:1: function \"f\": `volume`: there is no volume \"other\"; add a [[volume]] of that name"
+            "dray.toml:14:1: function \"f\": `volume`: there is no volume \"other\"; add a [[volume]] of that name"
         );
         write(&CONFIG.replace("count = 1", "cuont = 1"));
         let line = refused(&[command, "--config", "dray.toml"], folder.path());
