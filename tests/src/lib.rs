@@ -11,6 +11,7 @@ mod namespace;
 mod process;
 mod siege;
 mod testpmd;
+mod threads;
 
 pub use capture::{Capture, Captured};
 pub use card::{Card, CardSettings};
@@ -20,6 +21,7 @@ pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
 pub use siege::{Besieged, Siege};
 pub use testpmd::{Driver, Port, PortCounts, Testpmd, TestpmdSettings};
+pub use threads::{signal_thread, threads_of};
 
 use std::path::PathBuf;
 
