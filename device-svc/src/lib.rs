@@ -12,6 +12,7 @@
 //! ```
 
 // In this order, which rustfmt.toml keeps.
+pub mod keeper;
 pub mod control;
 pub mod state;
 pub mod reactor;
@@ -21,6 +22,7 @@ pub mod uplink;
 pub mod mirror;
 pub mod backend;
 pub mod link;
+pub mod tether;
 pub mod pci;
 mod asleep;
 pub mod inflight;

@@ -10,7 +10,7 @@ fn main() -> ExitCode {
     // Usage errors end here with status 2, as clap has it.
     let arguments = command::arguments::Arguments::parse();
     match command::run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // One line, with the causes that say more.
             eprintln!("device-svc: {error:#}");

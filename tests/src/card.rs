@@ -11,6 +11,7 @@ pub struct Card {
     process: Process,
     folder: tempfile::TempDir,
     log: String,
+    keeper: bool,
 }
 
 /// What a test's card has.
@@ -24,6 +25,8 @@ pub struct CardSettings {
     pub count: String,
     /// `RUST_LOG`; as the tests' own if empty.
     pub log: String,
+    /// Whether the process that is started is a keeper, and the service another one.
+    pub keeper: bool,
 }
 
 impl Card {
@@ -43,15 +46,20 @@ impl Card {
         );
         let path = folder.path().join("card.toml");
         std::fs::write(&path, text.replace('@', &folder.path().display().to_string())).expect("the folder is writable");
-        Self { process: Self::serve(&path, &settings.log), folder, log: settings.log.clone() }
+        let (log, keeper) = (settings.log.clone(), settings.keeper);
+        Self { process: Self::serve(&path, &log, keeper), folder, log, keeper }
     }
 
-    fn serve(config: &Path, log: &str) -> Process {
+    fn serve(config: &Path, log: &str, keeper: bool) -> Process {
         let mut command = Command::new(crate::program("device-svc"));
         if !log.is_empty() {
             command.env("RUST_LOG", log);
         }
-        let mut process = Process::start(command.arg("serve").arg("--config").arg(config));
+        command.arg("serve").arg("--config").arg(config);
+        if !keeper {
+            command.arg("--no-keeper");
+        }
+        let mut process = Process::start(&mut command);
         process.wait_for_output("ready:");
         process
     }
@@ -60,7 +68,29 @@ impl Card {
     pub fn restart(&mut self, signal: nix::sys::signal::Signal) {
         self.process.signal(signal);
         self.process.end();
-        self.process = Self::serve(&self.folder.path().join("card.toml"), &self.log);
+        self.process = Self::serve(&self.folder.path().join("card.toml"), &self.log, self.keeper);
+    }
+
+    /// The process that serves for a keeper: the youngest of its children. `None`: there is none just now.
+    #[must_use]
+    pub fn service_id(&self) -> Option<i32> {
+        let keeper = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).ok()?;
+        children.split_whitespace().last()?.parse().ok()
+    }
+
+    /// Kills the process that serves for the keeper, which starts another.
+    ///
+    /// # Panics
+    /// When there is none for two minutes.
+    pub fn kill_service(&self, signal: nix::sys::signal::Signal) {
+        let mut service = None;
+        crate::wait_for("a service", || {
+            service = self.service_id();
+            service.is_some()
+        });
+        // It may have died by itself in the meantime, which the test will see by other means.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(service.unwrap_or_default()), signal);
     }
 
     /// A path in the card's folder.

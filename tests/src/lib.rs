@@ -12,6 +12,7 @@ mod process;
 mod siege;
 mod testpmd;
 mod threads;
+mod verifier;
 
 pub use capture::{Capture, Captured};
 pub use card::{Card, CardSettings};
@@ -22,6 +23,7 @@ pub use process::{Log, Process, wait_for, wait_for_or};
 pub use siege::{Besieged, Siege};
 pub use testpmd::{Driver, Port, PortCounts, Testpmd, TestpmdSettings};
 pub use threads::{signal_thread, threads_of};
+pub use verifier::Verifier;
 
 use std::path::PathBuf;
 

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use device_svc::driver::client::{Client, ClientSettings};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -158,8 +159,12 @@ fn a_server_that_pauses_is_waited_for() {
         let before = writes();
         wait_for("some progress", || !job.is_running() || writes() > before + 50);
         pause_filter(&control, b'p', b'P');
-        // All that the server had taken is answered; nothing more is, however often one looks.
-        let paused_at = writes();
+        // All that the server had taken is answered, and the card soon has the answers; nothing more is, however often one looks.
+        let mut paused_at = writes();
+        wait_for("the last answers", || {
+            std::thread::sleep(Duration::from_millis(50));
+            std::mem::replace(&mut paused_at, writes()) == paused_at
+        });
         for _ in 0..20 {
             assert_eq!(writes(), paused_at);
         }

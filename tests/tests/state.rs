@@ -101,7 +101,7 @@ fn hand_over(card: &mut Card, name: &str, signal: Signal) -> Process {
     card.process().signal(signal);
     card.process().end();
     let config = card.path("card.toml");
-    let mut next = Process::start(Command::new(program(name)).arg("serve").arg("--config").arg(config));
+    let mut next = Process::start(Command::new(program(name)).args(["serve", "--no-keeper", "--config"]).arg(config));
     next.wait_for_output("ready:");
     next
 }
@@ -225,8 +225,9 @@ fn an_uplink_that_is_gone_keeps_nothing_but_its_functions_from_starting() {
 
 /// A start that is refused; the last line that it says.
 fn refused(card: &Card) -> String {
-    let mut process =
-        Process::start(Command::new(program("device-svc")).arg("serve").arg("--config").arg(card.path("card.toml")));
+    let mut process = Process::start(
+        Command::new(program("device-svc")).args(["serve", "--no-keeper", "--config"]).arg(card.path("card.toml")),
+    );
     assert_eq!(process.end().code(), Some(1), "{}", process.output());
     process.output().lines().last().unwrap().to_owned()
 }

@@ -29,7 +29,7 @@ volume = "v"
 queues = 2
 "#
     );
-    Card::start(&CardSettings { parts, ..settings })
+    Card::start(&CardSettings { parts, keeper: true, ..settings })
 }
 
 /// The device as QEMU's command line and `device_add` name it.
@@ -397,7 +397,11 @@ fn plug_in_and_out(card: &Card, interrupts: &str) -> bool {
         guest.wait_for_output(&format!("IN {round}\r"));
         assert!(guest.output().contains(interrupts), "{}", guest.output());
         if !qmp_until(card, "device_del", r#"{"id":"f"}"#, "DEVICE_DELETED") {
-            guest.end();
+            let status = guest.end();
+            // A guest that is through may power off before QEMU has told of the removal.
+            if status.success() && guest.output().contains("OUT 2\r") {
+                return true;
+            }
             // Any other end is a failure.
             assert!(guest.output().contains("memory_region_del_subregion: Assertion"), "{}", guest.output());
             return false;

@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Uplink(UplinkCommand),
     /// Show what functions and reactors of a running card have done
     Stats(Stats),
+    /// Have another version of this program take over a running card
+    Update(UpdateArguments),
     /// Run a card on a temporary file, drive real virtio traffic through it, and show how to go on
     Demo(DemoArguments),
     /// Print a completion script for a shell
@@ -69,6 +71,11 @@ pub(crate) enum Command {
 ///
 /// Prints one line that starts with `ready:` on standard output once every volume, uplink and function of the configuration
 /// is there; with NOTIFY_SOCKET set (systemd, Type=notify) it says READY=1 there too. If anything cannot be started, nothing is.
+///
+/// The process that was started is the keeper, a small one: it starts another, which serves, and starts it again if that dies. It
+/// keeps what a restart must not lose: the connections of VMMs on vfio-user, their memory and events, registers, and the record of
+/// requests in flight. Drivers notice a pause. If the keeper itself is killed, the service ends too, and VMMs on vfio-user lose their
+/// devices.
 ///
 /// SIGTERM or SIGINT ends the card when what is in flight has completed, within bounded time; a second SIGINT ends it at once. SIGHUP
 /// changes nothing.
@@ -96,6 +103,35 @@ pub(crate) struct Serve {
     /// How logs are written to standard error; RUST_LOG filters them (info unless set)
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
+    /// Serve in this process, without one that keeps it: nothing starts it again, and VMMs on vfio-user do not outlive it
+    #[arg(long)]
+    pub(crate) no_keeper: bool,
+    /// Started by a keeper, to which standard input leads
+    #[arg(long, hide = true, conflicts_with = "no_keeper")]
+    pub(crate) kept: bool,
+    /// Wait until the keeper says that it is time
+    #[arg(long, hide = true, requires = "kept")]
+    pub(crate) stand_by: bool,
+}
+
+/// Have another version of this program take over a running card
+///
+/// The new program starts beside the old one and reads the configuration. Then the old one lets what is in flight complete, and ends; the
+/// new one goes on with every function where it was: drivers notice a pause, nothing else. A VMM on vfio-user keeps its connection, a
+/// vhost-user front end must connect again by itself (QEMU: reconnect-ms).
+///
+/// If the new program cannot start, the old one serves on and the reason is shown. If it ends before it serves, the old one is
+/// started again.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Example:
+  device-svc update --binary /usr/local/bin/device-svc.new")]
+pub(crate) struct UpdateArguments {
+    /// The program that takes over
+    #[arg(long, value_name = "FILE")]
+    pub(crate) binary: PathBuf,
+    /// The card
+    #[command(flatten)]
+    pub(crate) ask: Ask,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]

@@ -7,11 +7,13 @@ mod output;
 mod serve;
 mod signals;
 mod stats;
+mod update;
 mod uplink;
 mod validate;
 mod volume;
 
 use std::io::IsTerminal;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::CommandFactory;
@@ -20,12 +22,13 @@ use arguments::{Arguments, Command, LogFormat};
 use output::print;
 
 /// Runs one command.
-pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    match arguments.command {
+pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
+    let done = match arguments.command {
         Command::Serve(serve) => {
             set_up_logs(serve.log_format);
-            serve::serve(&serve)
+            return serve::serve(&serve);
         }
+        Command::Update(update) => update::run(&update),
         Command::Validate(validate) => validate::run(&validate),
         Command::Function(command) => function::run(command),
         Command::Volume(command) => volume::run(command),
@@ -37,7 +40,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             clap_complete::generate(shell, &mut Arguments::command(), "device-svc", &mut text);
             print(&String::from_utf8_lossy(&text))
         }
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn set_up_logs(format: LogFormat) {

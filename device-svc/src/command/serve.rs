@@ -1,19 +1,24 @@
 //! `device-svc serve`: the card's process, from its signals to its last breath.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use device_svc::config::{Config, ControlAddress};
 use device_svc::control::inventory::Inventory;
 use device_svc::control::open_backend::{open_backend, open_uplink};
-use device_svc::control::serve::Card;
+use device_svc::control::serve::{Card, Update};
 use device_svc::control::starter::start_reactors;
-use device_svc::state::{StateFolder, default_state_folder};
+use device_svc::keeper;
+use device_svc::state::{CardState, StateFolder, default_state_folder};
+use device_svc::tether::Tether;
+use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
 use super::arguments::Serve;
@@ -21,11 +26,28 @@ use super::client::parse_address;
 use super::output::print;
 use super::signals::{self, Signals};
 
+/// Serves until told to stop, as the keeper of the process that does.
+pub(crate) fn serve(serve: &Serve) -> Result<ExitCode> {
+    if serve.kept || serve.no_keeper {
+        return serve_card(serve).map(|()| ExitCode::SUCCESS);
+    }
+    Ok(keeper::run(|| notify_systemd("READY=1"))?)
+}
+
+/// The service's end of what leads to its keeper, which started it with that as standard input.
+fn tether() -> Result<Arc<Tether>> {
+    // Without a keeper there is nobody who would start another; ended by this, the service ends in good order.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).context("follow the keeper")?;
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().context("reach the keeper")?;
+    Ok(Arc::new(Tether::new(socket)))
+}
+
 /// Serves until told to stop.
-pub(crate) fn serve(serve: &Serve) -> Result<()> {
+fn serve_card(serve: &Serve) -> Result<()> {
     // Before any thread is started, so that every one of them is born with them blocked.
     signals::block()?;
     let (stop, stopping) = watch::channel(false);
+    let stop = Arc::new(stop);
 
     let mut config = match &serve.config {
         Some(path) => Config::load(path)?,
@@ -35,6 +57,10 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
         config.control.listen = parse_address(serve.control.as_deref())?;
         config.control.shim = config.control.listen.shim_beside();
     }
+    let tether = serve.kept.then(tether).transpose()?;
+    if let Some(tether) = tether.as_ref().filter(|_| serve.stand_by) {
+        tether.stand_by()?;
+    }
     device_svc::dma::install_bus_fault_guard().context("install the guard against truncated VM memory")?;
 
     let runtime =
@@ -42,11 +68,16 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
     // Before a reactor turns: whoever uses the folder is found first.
     let state = state_folder(serve, &config)?.map(|folder| StateFolder::open(&folder)).transpose()?;
     let served: Result<()> = runtime.block_on(async {
-        tokio::spawn(Signals::new()?.act(stop));
-        let starter = start_reactors(&config.reactors)?;
-        let card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
+        tokio::spawn(Signals::new()?.act(Arc::clone(&stop)));
+        let starter = start_reactors(&config.reactors, tether.clone())?;
+        let mut card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
+        if let Some(tether) = &tether {
+            card.can_be_updated(Update { tether: Arc::clone(tether), stop: Arc::clone(&stop) });
+        }
         if let Some((folder, before)) = state {
-            card.inventory().keep_in(folder, before);
+            // What another program hands over is still in use, though that has ended by itself.
+            let running = before.running || serve.stand_by;
+            card.inventory().keep_in(folder, CardState { running, ..before });
         }
         let (metrics, inventory) = (card.metrics_address(), Arc::clone(card.inventory()));
         let control = config.control.listen.clone();
@@ -55,12 +86,18 @@ pub(crate) fn serve(serve: &Serve) -> Result<()> {
             tracing::info!("{ready}");
             // Whoever started us may have closed its end; the card serves all the same.
             let _ = print(&format!("ready: {ready}\n"));
-            notify_systemd("READY=1");
+            match &tether {
+                None => notify_systemd("READY=1"),
+                // It has gone only if we are about to be told to stop.
+                Some(tether) => drop(tether.ready()),
+            }
         })
         .await?;
         Ok(())
     });
-    notify_systemd("STOPPING=1");
+    if tether.is_none() {
+        notify_systemd("STOPPING=1");
+    }
     // Threads that wait for a storage server do not keep the process.
     runtime.shutdown_background();
     served

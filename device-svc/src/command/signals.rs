@@ -12,6 +12,7 @@
 #![expect(unsafe_code, reason = "hands a descriptor to tokio, which wants to be told that it stays open")]
 
 use std::io::{Error, ErrorKind};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{SigSet, Signal};
@@ -73,7 +74,7 @@ impl Signals {
     }
 
     /// Acts upon each signal, for as long as the process lives.
-    pub(crate) async fn act(self, stop: watch::Sender<bool>) {
+    pub(crate) async fn act(self, stop: Arc<watch::Sender<bool>>) {
         loop {
             match self.next().await {
                 Ok(Signal::SIGHUP) => tracing::info!("SIGHUP changes nothing; a start reads the configuration file"),

@@ -17,6 +17,7 @@ use super::seam::FunctionStarter;
 use super::service::{CardService, HostViewService};
 use super::socket::{ListeningSocket, SocketError};
 use crate::config::Config;
+use crate::tether::Tether;
 
 /// Only the card's own user; the sockets themselves are the access control.
 const CARD_SOCKET_MODE: u32 = 0o600;
@@ -61,12 +62,21 @@ pub enum ServeError {
     StopTime,
 }
 
+/// How another program takes over.
+pub struct Update {
+    /// To the keeper.
+    pub tether: Arc<Tether>,
+    /// Stops the card.
+    pub stop: Arc<watch::Sender<bool>>,
+}
+
 /// A card whose sockets are bound.
 pub struct Card {
     inventory: Arc<Inventory>,
     listen: ListeningSocket,
     shim: ListeningSocket,
     metrics: Option<TcpListener>,
+    update: Option<Update>,
 }
 
 impl Card {
@@ -90,7 +100,18 @@ impl Card {
             listener.map_err(|source| ServeError::Metrics { address, source })
         };
         let metrics = config.control.metrics.map(bind).transpose()?;
-        Ok(Self { inventory: Arc::new(Inventory::new(starter, open_backend, open_uplink)), listen, shim, metrics })
+        Ok(Self {
+            inventory: Arc::new(Inventory::new(starter, open_backend, open_uplink)),
+            listen,
+            shim,
+            metrics,
+            update: None,
+        })
+    }
+
+    /// Another program can take over.
+    pub fn can_be_updated(&mut self, update: Update) {
+        self.update = Some(update);
     }
 
     /// What the card has.
@@ -120,7 +141,7 @@ impl Card {
         let started = tokio::task::spawn_blocking(move || inventory.start_all(&config)).await;
         started.map_err(std::io::Error::other)??;
 
-        let card = CardServer::new(CardService::new(Arc::clone(&self.inventory)));
+        let card = CardServer::new(CardService::new(Arc::clone(&self.inventory), self.update.take()));
         let card = Server::builder().add_service(card.max_decoding_message_size(MESSAGE_BYTES_MAX));
         let shim = HostViewServer::new(HostViewService::new(Arc::clone(&self.inventory)));
         let shim = Server::builder().add_service(shim.max_decoding_message_size(MESSAGE_BYTES_MAX));

@@ -2,22 +2,29 @@
 //!
 //! The inventory blocks, so every call of it leaves the control thread.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use tonic::{Request, Response, Status};
 
 use super::follow::{Replies, follow};
 use super::inventory::{Inventory, InventoryError};
+use super::serve::Update;
 use super::wire;
 use crate::clock::Moment;
 use crate::config::ConfigError;
+
+/// What the answer to an update may take to be sent; whatever is left of it is sent while the card stops.
+const ANSWER_TIME: Duration = Duration::from_millis(5);
 
 /// What operators may do.
 pub struct CardService {
     inventory: Arc<Inventory>,
     started: Instant,
+    /// How another program takes over, where there is a keeper.
+    update: Option<Arc<Update>>,
 }
 
 /// What host-shim may see.
@@ -26,10 +33,10 @@ pub struct HostViewService {
 }
 
 impl CardService {
-    /// The service over `inventory`.
+    /// The service over `inventory`; without `update` no other program can take over.
     #[must_use]
-    pub fn new(inventory: Arc<Inventory>) -> Self {
-        Self { inventory, started: Instant::now() }
+    pub fn new(inventory: Arc<Inventory>, update: Option<Update>) -> Self {
+        Self { inventory, started: Instant::now(), update: update.map(Arc::new) }
     }
 }
 
@@ -89,7 +96,31 @@ impl v1::card_server::Card for CardService {
                 uplinks: inventory.uplinks().len() as u32,
                 functions: inventory.functions().len() as u32,
                 uptime_ms,
+                pid: std::process::id(),
+                program: std::env::current_exe().unwrap_or_default().display().to_string(),
             })
+        })
+        .await
+    }
+
+    async fn update(&self, request: Request<v1::UpdateRequest>) -> Result<Response<v1::UpdateReply>, Status> {
+        let Some(update) = self.update.clone() else {
+            return Err(Status::failed_precondition(
+                "this card runs without a keeper, so no other program can take over; start it without --no-keeper",
+            ));
+        };
+        let program = PathBuf::from(request.into_inner().program);
+        if !program.is_absolute() {
+            return Err(Status::invalid_argument("the path of the program must be absolute"));
+        }
+        ask(&self.inventory, move |_| {
+            update.tether.update(program).map_err(|error| Status::failed_precondition(error.to_string()))?;
+            // Soon, so that this answer is out before the card lets go.
+            std::thread::spawn(move || {
+                std::thread::sleep(ANSWER_TIME);
+                update.stop.send_replace(true);
+            });
+            Ok(v1::UpdateReply {})
         })
         .await
     }

@@ -18,25 +18,30 @@ use crate::link::{FunctionSide, LinkError};
 use crate::metrics::{QueueCounters, ReactorCounters};
 use crate::pci::Identity;
 use crate::reactor::Reactors;
+use crate::tether::Tether;
 
-/// Starts the reactors of `config` and returns what starts functions on them.
+/// Starts the reactors of `config` and returns what starts functions on them; their connections are kept by whoever `tether` leads to.
 ///
 /// # Errors
 /// When the reactors cannot be started.
-pub fn start_reactors(config: &ReactorsConfig) -> Result<Arc<dyn FunctionStarter>, StartError> {
+pub fn start_reactors(
+    config: &ReactorsConfig,
+    tether: Option<Arc<Tether>>,
+) -> Result<Arc<dyn FunctionStarter>, StartError> {
     let refused = |error: &dyn std::fmt::Display| StartError::Refused(error.to_string());
     let courier = start_courier().map_err(|error| refused(&error))?;
     let reactors = Arc::new(Reactors::start(config).map_err(|error| refused(&error))?);
     for (number, reactor) in reactors.handles().iter().enumerate() {
         tracing::info!(reactor = number, cpu = reactor.cpu(), "a reactor turns");
     }
-    Ok(Arc::new(OnReactors { config: *config, reactors, courier, groups: Mutex::default() }))
+    Ok(Arc::new(OnReactors { config: *config, reactors, courier, tether, groups: Mutex::default() }))
 }
 
 struct OnReactors {
     config: ReactorsConfig,
     reactors: Arc<Reactors>,
     courier: Sender<FaultNotice>,
+    tether: Option<Arc<Tether>>,
     /// The limits of groups that have functions.
     groups: Mutex<HashMap<String, Weak<Limit>>>,
 }
@@ -79,7 +84,7 @@ impl FunctionStarter for OnReactors {
             BackendError::Refused(why) => StartError::Refused(why),
             BackendError::Unavailable(why) => StartError::Unavailable(why),
         })?;
-        match start_link(config, identity, Arc::new(Arc::clone(&function))) {
+        match start_link(config, identity, Arc::new(Arc::clone(&function)), self.tether.clone()) {
             Ok(link) => Ok(Arc::new(Running { function, link: Mutex::new(Some(link)), _backing: backing })),
             Err(error) => {
                 function.close();
@@ -99,7 +104,12 @@ enum Link {
     VfioUser { _link: VfioUserLink },
 }
 
-fn start_link(config: &FunctionConfig, identity: Identity, side: Arc<dyn FunctionSide>) -> Result<Link, LinkError> {
+fn start_link(
+    config: &FunctionConfig,
+    identity: Identity,
+    side: Arc<dyn FunctionSide>,
+    tether: Option<Arc<Tether>>,
+) -> Result<Link, LinkError> {
     let LinkConfig { socket, socket_mode, kind, .. } = &config.link;
     let (function, socket, mode) = (config.name.clone(), socket.clone(), *socket_mode);
     match *kind {
@@ -114,7 +124,7 @@ fn start_link(config: &FunctionConfig, identity: Identity, side: Arc<dyn Functio
         LinkKind::VfioUser { notify, msix } => {
             let mapped = notify == NotifyConfig::Mapped;
             let settings = VfioUserSettings { function, socket, mode, identity, mapped, msix };
-            VfioUserLink::start(settings, side).map(|link| Link::VfioUser { _link: link })
+            VfioUserLink::start(settings, side, tether).map(|link| Link::VfioUser { _link: link })
         }
     }
 }

@@ -217,13 +217,19 @@ impl RecordArea {
         Ok(QueueRecord { mapping: Arc::clone(&self.mapping), offset, entries: shape.size, identity })
     }
 
-    /// The device was reset: nothing is in flight any more, and the rings begin anew.
+    /// The device was reset: nothing is in flight any more, and the rings begin anew, of whichever kind.
     pub fn forget(&self) {
         for queue in 0..self.shape.queues {
-            // A header's version is at the same place for both kinds of ring.
-            if let Ok(record) = self.queue(queue, self.shape.packed) {
-                record.region::<SplitHeader, SplitEntry>(0).header().version.set(0);
-            }
+            self.forget_queue(queue, false);
+            self.forget_queue(queue, true);
+        }
+    }
+
+    /// A queue was reset that has such a ring.
+    pub fn forget_queue(&self, queue: u16, packed: bool) {
+        // A header's version is at the same place for both kinds of ring.
+        if let Ok(record) = self.queue(queue, packed) {
+            record.region::<SplitHeader, SplitEntry>(0).header().version.set(0);
         }
     }
 }

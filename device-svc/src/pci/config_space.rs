@@ -1,5 +1,6 @@
 //! The configuration space: a type 0 header and a list of capabilities, as bytes and a mask of which bits can be written.
 
+use super::saved::BadSaved;
 use super::{Identity, MSIX_BAR, Range, VIRTIO_BAR, layout};
 
 /// Bytes of the whole space: a PCI Express function has the extended space too, which is empty here.
@@ -202,6 +203,27 @@ impl ConfigSpace {
     /// Back to what it was when it was made.
     pub fn reset(&mut self) {
         self.bytes.copy_from_slice(&*self.after_reset);
+    }
+
+    /// Its bytes, up to the last that is not zero.
+    pub(super) fn save(&self) -> Vec<u8> {
+        let end = self.bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        self.bytes[..end].to_vec()
+    }
+
+    /// After a reset: the bits that can be written become those of `saved`; it must be the same function's.
+    pub(super) fn restore(&mut self, saved: &[u8]) -> Result<(), BadSaved> {
+        let identity = [0..4, header::REVISION..header::CACHE_LINE, header::SUBSYSTEM..header::SUBSYSTEM + 4];
+        if saved.len() > CONFIG_BYTES
+            || identity.into_iter().any(|part| saved.get(part.clone()) != Some(&self.bytes[part]))
+        {
+            return Err(BadSaved::Other("ids"));
+        }
+        for (at, value) in saved.iter().enumerate() {
+            let mask = self.writable[at];
+            self.bytes[at] = (self.bytes[at] & !mask) | (value & mask);
+        }
+        Ok(())
     }
 
     /// Reads; `interrupt` says whether INTx is asserted. Behind the end are zeroes.

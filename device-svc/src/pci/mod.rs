@@ -4,7 +4,8 @@
 //!   function.rs       one access to a region in, bytes or a [`Change`] out
 //!     ├► config_space.rs   type 0 header and capabilities (PCI 3.0, 6; PCI Express base, 7)
 //!     ├► msix.rs           the MSI-X table
-//!     └► virtio.rs         the common configuration structure (virtio 1.3, 4.1.4.3)
+//!     ├► virtio.rs         the common configuration structure (virtio 1.3, 4.1.4.3)
+//!     └► saved.rs          all of it as it outlives the service
 //! ```
 //!
 //! Pure: no sockets, no threads. What a register shows that lives elsewhere (the device's own configuration, interrupts that
@@ -14,11 +15,13 @@
 mod config_space;
 mod function;
 mod msix;
+mod saved;
 mod virtio;
 
 pub use config_space::{Command, ConfigSpace};
 pub use function::{BadAccess, Change, Outside, PciFunction, Space};
 pub use msix::MsixTable;
+pub use saved::{BadSaved, HexBytes, SavedRegisters};
 pub use virtio::{NO_VECTOR, QueueRegisters, VirtioRegisters, status};
 
 /// What a function is, as its registers show it.

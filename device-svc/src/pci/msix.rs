@@ -3,6 +3,8 @@
 //! A VMM usually keeps a table of its own for its guest and hands over a descriptor for each vector instead. The table here is
 //! for those that do not; giving a vector a descriptor unmasks it, as a host's kernel does with a table that it owns.
 
+use super::saved::BadSaved;
+
 /// Bytes of an entry.
 const ENTRY_BYTES: usize = 16;
 /// Where an entry's vector control is; bit 0 masks the vector.
@@ -48,6 +50,21 @@ impl MsixTable {
         if let Some(control) = self.bytes.get_mut(usize::from(vector) * ENTRY_BYTES + CONTROL_AT) {
             *control = (*control & !1) | u8::from(masked);
         }
+    }
+
+    pub(super) fn save(&self) -> Vec<u8> {
+        self.bytes.clone()
+    }
+
+    /// The table becomes what it was.
+    pub(super) fn restore(&mut self, saved: &[u8]) -> Result<(), BadSaved> {
+        if saved.len() != self.bytes.len() {
+            return Err(BadSaved::Other("MSI-X vectors"));
+        }
+        for (entry, bytes) in saved.chunks(ENTRY_BYTES).enumerate() {
+            self.write((entry * ENTRY_BYTES) as u32, bytes);
+        }
+        Ok(())
     }
 
     /// Reads at an offset of the table; behind its end are zeroes.

@@ -3,6 +3,9 @@
 //! A driver that breaks a rule gets nothing by it: a status bit that is not its turn stays clear, a queue that was never
 //! described stays off, a write to what is read-only is dropped.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::BadSaved;
 use crate::virtqueue::{QUEUE_SIZE_MAX, features};
 
 /// `VIRTIO_MSI_NO_VECTOR`.
@@ -50,7 +53,7 @@ mod at {
 const COMMON_BYTES: usize = 0x3c;
 
 /// One queue's registers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct QueueRegisters {
     /// Entries.
     pub size: u16,
@@ -64,6 +67,18 @@ pub struct QueueRegisters {
     pub driver: u64,
     /// The device area.
     pub device: u64,
+}
+
+/// The registers, for later.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(super) struct SavedVirtio {
+    accepted: u64,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    status: u8,
+    config_vector: u16,
+    queue_select: u16,
+    queues: Vec<QueueRegisters>,
 }
 
 /// What a write to the common configuration means beyond its registers.
@@ -120,6 +135,47 @@ impl VirtioRegisters {
     /// Device reset (virtio 1.3, 2.4).
     pub fn reset(&mut self) {
         *self = Self::new(self.offered, self.queues.len() as u16, self.queue_size_max, self.vectors);
+    }
+
+    pub(super) fn save(&self) -> SavedVirtio {
+        SavedVirtio {
+            accepted: self.accepted,
+            device_feature_select: self.device_feature_select,
+            driver_feature_select: self.driver_feature_select,
+            status: self.status,
+            config_vector: self.config_vector,
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+        }
+    }
+
+    /// After a reset: what was saved holds again, as far as a driver could have brought it about.
+    pub(super) fn restore(&mut self, saved: &SavedVirtio) -> Result<(), BadSaved> {
+        let packed = saved.accepted & features::RING_PACKED != 0;
+        let is_possible = |queue: &QueueRegisters| {
+            (1..=self.queue_size_max).contains(&queue.size)
+                && (packed || !queue.enabled || queue.size.is_power_of_two())
+        };
+        if saved.queues.len() != self.queues.len() {
+            return Err(BadSaved::Other("queues"));
+        }
+        if !saved.queues.iter().all(is_possible) {
+            return Err(BadSaved::Other("queue sizes"));
+        }
+        if saved.status & status::FEATURES_OK != 0 && saved.accepted & !self.offered != 0 {
+            return Err(BadSaved::Features(saved.accepted & !self.offered));
+        }
+        let vectors = self.vectors;
+        let vector = |vector| if vector < vectors { vector } else { NO_VECTOR };
+        self.accepted = saved.accepted;
+        self.device_feature_select = saved.device_feature_select;
+        self.driver_feature_select = saved.driver_feature_select;
+        self.status = saved.status;
+        self.config_vector = vector(saved.config_vector);
+        self.queue_select = saved.queue_select;
+        let queues = saved.queues.iter().map(|queue| QueueRegisters { vector: vector(queue.vector), ..*queue });
+        self.queues = queues.collect();
+        Ok(())
     }
 
     /// The features that the driver has written; they hold once FEATURES_OK is set.

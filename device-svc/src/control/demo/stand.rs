@@ -50,7 +50,7 @@ impl Stand {
         let (Some(volume), Some(function)) = (config.volumes.first(), config.functions.first()) else {
             anyhow::bail!("the demo's configuration has a volume and a function");
         };
-        let starter = start_reactors(&config.reactors)?;
+        let starter = start_reactors(&config.reactors, None)?;
         let backend = open_backend(volume).with_context(|| format!("the volume in {}", folder.0.display()))?;
         let volume = Arc::new(Volume::new(volume, backend));
         let function = starter.start(function, None, Backing::Volume(volume), Box::new(|_| {}))?;

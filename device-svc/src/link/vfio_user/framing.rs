@@ -23,6 +23,9 @@ pub const TYPE_REPLY: u32 = 1;
 pub const FLAG_NO_REPLY: u32 = 1 << 4;
 /// Of a reply: it failed, and `error` says why.
 pub const FLAG_ERROR: u32 = 1 << 5;
+/// Between the service and its keeper only, which takes it off whatever a VMM sends: this message is theirs (`command::kept`), or is
+/// one of a VMM's said again.
+pub const FLAG_KEEPER: u32 = 1 << 31;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 16;
@@ -71,6 +74,9 @@ pub enum FramingError {
     /// More descriptors than one message may carry.
     #[error("more than {0} descriptors with one message")]
     TooManyDescriptors(usize),
+    /// What a service before has left of the conversation is of no use to this one.
+    #[error("what was kept of the function cannot be used: {0}")]
+    Kept(String),
     /// The system refused.
     #[error("the connection failed: {0}")]
     System(#[from] Errno),

@@ -1,15 +1,21 @@
 //! The function that a VMM sees: its registers, and what their writes do to queues and interrupts.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use super::VfioUserSettings;
 use super::interrupts::Interrupts;
 use super::port::FunctionPort;
 use crate::address::Iova;
+use crate::inflight::{AreaShape, RecordArea};
 use crate::link::event::Event;
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart};
-use crate::pci::{BadAccess, Change, Outside, PciFunction, QueueRegisters, Space};
+use crate::pci::{BadAccess, Change, HexBytes, Outside, PciFunction, QueueRegisters, SavedRegisters, Space};
 use crate::virtqueue::features;
 use crate::virtqueue::split::{avail_bytes, used_bytes};
 
@@ -23,11 +29,18 @@ pub(super) struct Shown {
     registers: Mutex<PciFunction>,
     pub(super) interrupts: Arc<Interrupts>,
     generation: AtomicU8,
+    /// The registers are not what was saved last.
+    changed: AtomicBool,
 }
 
 impl Shown {
     pub(super) fn lock(&self) -> MutexGuard<'_, PciFunction> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The registers have changed.
+    pub(super) fn set_changed(&self) {
+        self.changed.store(true, Ordering::Release);
     }
 }
 
@@ -39,6 +52,7 @@ impl HostEvents for Shown {
 
     fn needs_reset(&self, _queue: Option<u16>) {
         let tell = self.lock().virtio.need_reset();
+        self.set_changed();
         if tell {
             self.interrupts.raise_config();
         }
@@ -50,6 +64,7 @@ struct Seen<'a> {
     shown: &'a Shown,
     function: &'a dyn FunctionSide,
     name: &'a str,
+    config_writes: &'a RefCell<BTreeMap<u32, HexBytes>>,
 }
 
 impl Outside for Seen<'_> {
@@ -58,8 +73,11 @@ impl Outside for Seen<'_> {
     }
 
     fn write_device_config(&self, offset: u32, data: &[u8]) {
-        if let Err(why) = self.function.write_config(offset, data) {
-            tracing::debug!(function = self.name, %why, "a write to the configuration was dropped");
+        match self.function.write_config(offset, data) {
+            Ok(()) => {
+                self.config_writes.borrow_mut().insert(offset, HexBytes(data.to_vec()));
+            }
+            Err(why) => tracing::debug!(function = self.name, %why, "a write to the configuration was dropped"),
         }
     }
 
@@ -96,6 +114,19 @@ pub(super) struct ShownFunction {
     function: Arc<dyn FunctionSide>,
     shown: Arc<Shown>,
     queues: Vec<Queue>,
+    /// What the driver has written to the device's own configuration since the reset: the last of each place.
+    config_writes: RefCell<BTreeMap<u32, HexBytes>>,
+    /// The requests in flight, if somebody keeps them for a service after this one.
+    record: Option<RecordArea>,
+}
+
+/// A function as it is kept while no service is there.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(super) struct SavedFunction {
+    registers: SavedRegisters,
+    generation: u8,
+    #[serde(default)]
+    config_writes: BTreeMap<u32, HexBytes>,
 }
 
 impl ShownFunction {
@@ -105,12 +136,88 @@ impl ShownFunction {
         let offered = function.offered_features() | TRANSPORT;
         let registers = PciFunction::new(settings.identity, offered, queues, function.queue_size_max(), settings.msix);
         let interrupts = Arc::new(Interrupts::new(queues, registers.msix.vectors()));
-        let shown = Arc::new(Shown { registers: Mutex::new(registers), interrupts, generation: AtomicU8::new(0) });
+        let shown = Arc::new(Shown {
+            registers: Mutex::new(registers),
+            interrupts,
+            generation: AtomicU8::new(0),
+            changed: AtomicBool::new(true),
+        });
         let queues = (0..queues)
             .map(|_| Ok(Queue { doorbell: Event::make()?, running: None, position: None }))
             .collect::<std::io::Result<Vec<_>>>()?;
         function.attach(Arc::clone(&shown) as Arc<dyn HostEvents>);
-        Ok(Self { name: settings.function.clone(), function: Arc::clone(function), shown, queues })
+        Ok(Self {
+            name: settings.function.clone(),
+            function: Arc::clone(function),
+            shown,
+            queues,
+            config_writes: RefCell::default(),
+            record: None,
+        })
+    }
+
+    fn seen(&self) -> Seen<'_> {
+        Seen {
+            shown: &self.shown,
+            function: self.function.as_ref(),
+            name: &self.name,
+            config_writes: &self.config_writes,
+        }
+    }
+
+    /// Whether there is something to save that was not saved yet; from now on it counts as saved.
+    pub(super) fn take_changed(&self) -> bool {
+        self.shown.changed.swap(false, Ordering::AcqRel)
+    }
+
+    /// What must be kept so that the driver finds the function as it left it.
+    pub(super) fn save(&self) -> SavedFunction {
+        SavedFunction {
+            registers: self.shown.lock().save(),
+            generation: self.shown.generation.load(Ordering::SeqCst),
+            config_writes: self.config_writes.borrow().clone(),
+        }
+    }
+
+    /// Has requests in flight recorded in memory that outlives the service. Returns that memory if it is new.
+    pub(super) fn make_record(&mut self) -> std::io::Result<Option<File>> {
+        // Network functions keep none: what was in flight of theirs, a network may lose.
+        if self.record.is_some() || self.function.network().is_some() {
+            return Ok(None);
+        }
+        let shape = self.record_shape();
+        let file = shape.create()?;
+        self.record = Some(RecordArea::open(&file, 0, shape.bytes(), shape).map_err(std::io::Error::other)?);
+        Ok(Some(file))
+    }
+
+    /// A packed ring's record is the larger one, and what the driver will choose is not known before.
+    fn record_shape(&self) -> AreaShape {
+        AreaShape { queues: self.function.queue_count(), size: self.function.queue_size_max(), packed: true }
+    }
+
+    /// Makes the function what it was when it was saved. Its queues run again when their memory is there:
+    /// [`come_back`](Self::come_back) must come next.
+    pub(super) fn restore(&mut self, saved: &SavedFunction, record: Option<File>) -> Result<(), String> {
+        if let Some(file) = record {
+            let shape = self.record_shape();
+            self.record = Some(RecordArea::open(&file, 0, shape.bytes(), shape).map_err(|error| error.to_string())?);
+        }
+        self.shown.lock().restore(&saved.registers).map_err(|error| error.to_string())?;
+        self.shown.generation.store(saved.generation, Ordering::SeqCst);
+        for (offset, data) in &saved.config_writes {
+            self.function.write_config(*offset, &data.0).map_err(|error| error.to_string())?;
+        }
+        *self.config_writes.borrow_mut() = saved.config_writes.clone();
+        let packed = self.shown.lock().virtio.accepted() & features::RING_PACKED != 0;
+        for queue in &mut self.queues {
+            queue.position = Some(QueuePosition::fresh(packed));
+        }
+        self.shown.interrupts.follow(&self.shown.lock());
+        // Whatever the service before meant to say, the driver looks at everything once more.
+        self.shown.interrupts.raise_all();
+        self.take_changed();
+        Ok(())
     }
 
     /// Registers and interrupts.
@@ -120,14 +227,15 @@ impl ShownFunction {
 
     /// The VMM reads.
     pub(super) fn read(&self, space: Space, offset: u64, data: &mut [u8]) -> Result<(), BadAccess> {
-        let seen = Seen { shown: &self.shown, function: self.function.as_ref(), name: &self.name };
-        self.shown.lock().read(space, offset, data, &seen)
+        self.shown.lock().read(space, offset, data, &self.seen())
     }
 
     /// The VMM writes; what that means has happened when this returns.
     pub(super) fn write(&mut self, space: Space, offset: u64, data: &[u8]) -> Result<(), BadAccess> {
-        let seen = Seen { shown: &self.shown, function: self.function.as_ref(), name: &self.name };
-        let change = self.shown.lock().write(space, offset, data, &seen)?;
+        let change = self.shown.lock().write(space, offset, data, &self.seen())?;
+        if !matches!(change, Change::Notify(_)) {
+            self.shown.set_changed();
+        }
         match change {
             Change::Nothing => {}
             Change::Notify(queue) => self.queues[usize::from(queue)].doorbell.signal_own(),
@@ -140,6 +248,10 @@ impl ShownFunction {
                 self.halt(queue);
                 self.function.forget_queue(queue);
                 self.queues[usize::from(queue)].position = None;
+                if let Some(record) = &self.record {
+                    let packed = self.shown.lock().virtio.accepted() & features::RING_PACKED != 0;
+                    record.forget_queue(queue, packed);
+                }
                 self.shown.interrupts.follow(&self.shown.lock());
             }
             Change::DeviceReset | Change::FunctionReset => self.forget(),
@@ -156,6 +268,11 @@ impl ShownFunction {
     /// After a reset of the registers.
     fn forget(&mut self) {
         self.function.reset();
+        if let Some(record) = &self.record {
+            record.forget();
+        }
+        self.config_writes.borrow_mut().clear();
+        self.shown.set_changed();
         // Until then a queue may have failed, and the fresh status said that the device needs a reset: a driver waits for zero.
         self.shown.lock().virtio.reset();
         for queue in &mut self.queues {
@@ -201,6 +318,8 @@ impl ShownFunction {
         let port = FunctionPort::new(number, doorbell, Arc::clone(&self.shown.interrupts));
         let device_features = accepted & !TRANSPORT;
         self.function.accept_features(device_features).map_err(|why| why.to_string())?;
+        let record = self.record.as_ref().map(|record| record.queue(number, packed));
+        let inflight = record.transpose().map_err(|error| error.to_string())?;
         let start = QueueStart {
             index: number,
             size: registers.size,
@@ -210,7 +329,7 @@ impl ShownFunction {
             position: queue.position.unwrap_or_else(|| QueuePosition::fresh(packed)),
             features: device_features,
             port: Box::new(port),
-            inflight: None,
+            inflight,
         };
         tracing::debug!(function = %self.name, queue = number, ?start.position, start.size, "a queue starts");
         self.function.start_queue(start).map_err(|why| why.to_string())?;

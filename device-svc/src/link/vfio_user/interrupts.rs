@@ -217,6 +217,20 @@ impl Interrupts {
         }
     }
 
+    /// Raises every interrupt once. From any thread but a reactor's.
+    pub(super) fn raise_all(&self) {
+        if self.msix.load(Ordering::Relaxed) {
+            for vector in &self.vectors {
+                if vector.claim(&self.all_masked) {
+                    vector.line.signal_once();
+                }
+            }
+        } else {
+            self.isr.fetch_or(ISR_QUEUE | ISR_CONFIG, Ordering::SeqCst);
+            self.assert_intx();
+        }
+    }
+
     /// Raises the interrupt for a change of the configuration. From any thread but a reactor's.
     pub(super) fn raise_config(&self) {
         if !self.msix.load(Ordering::Relaxed) {

@@ -41,6 +41,17 @@ pub mod command {
     pub const MIG_DATA_READ: u16 = 17;
     /// `VFIO_USER_MIG_DATA_WRITE`.
     pub const MIG_DATA_WRITE: u16 = 18;
+
+    /// What a service and its keeper say to each other beside a VMM's messages, with `FLAG_KEEPER`.
+    pub mod kept {
+        /// From the service: the function's state, which holds from the next reply on; a descriptor that comes with it is the record of
+        /// requests in flight.
+        pub const STATE: u16 = 1;
+        /// From the service, as a reply: a command that wants no reply was carried out.
+        pub const DONE: u16 = 2;
+        /// From the keeper, when it has said all again that was settled: the last state, and the record.
+        pub const RESTORE: u16 = 3;
+    }
 }
 
 /// Bytes that one region access or DMA message may carry: the protocol's default.

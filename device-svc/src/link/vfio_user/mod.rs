@@ -12,7 +12,8 @@
 //!          └► port.rs       doorbell and interrupt of a running queue
 //! ```
 //!
-//! The registers themselves are `crate::pci`'s. A connection is served on a thread of its own, so that a VMM that stops in the
+//! The registers themselves are `crate::pci`'s. Where there is a keeper (`crate::keeper`), the session speaks with that instead of
+//! the VMM, and goes on with a conversation that a service before it has left. A connection is served on a thread of its own, so that a VMM that stops in the
 //! middle of a message, or does not read its replies, stalls nobody else.
 
 mod dma_table;
@@ -39,6 +40,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::listening::Listening;
 use super::{FunctionSide, LinkError, drain};
 use crate::pci::Identity;
+use crate::tether::{Claimed, KeptConnection, Tether};
 
 /// How long a VMM that is refused may take to say its first word, so that it can be told why.
 const REFUSAL_TIME_MAX: Duration = Duration::from_secs(1);
@@ -66,6 +68,8 @@ pub struct VfioUserSettings {
 struct Shared {
     settings: VfioUserSettings,
     function: Arc<dyn FunctionSide>,
+    /// Who keeps connections, if somebody does.
+    tether: Option<Arc<Tether>>,
     stopping: AtomicBool,
     /// The connection that is served, so that its owner can end a read that blocks.
     connection: Mutex<Option<UnixStream>>,
@@ -74,6 +78,8 @@ struct Shared {
 /// A session and the thread that holds it.
 struct Served {
     stream: UnixStream,
+    /// The VMM's socket itself.
+    vmm: UnixStream,
     /// Another VMM was refused meanwhile.
     has_refused: bool,
     thread: JoinHandle<()>,
@@ -84,13 +90,12 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd) {
-        let mut served: Option<Served> = None;
+    fn run(self: &Arc<Self>, listening: &Listening, waker: &EventFd, mut served: Option<Served>) {
         // One count for each refusal that is under way, and ours.
         let refusals = Arc::new(());
         while !self.is_stopping() {
             let Some(stream) = listening.accept(&self.settings.function, waker) else { continue };
-            if let Some(now) = served.take_if(|now| now.thread.is_finished() || has_hung_up(&now.stream)) {
+            if let Some(now) = served.take_if(|now| now.thread.is_finished() || has_hung_up(&now.vmm)) {
                 now.join(&self.settings.function);
             }
             if let Some(now) = &mut served {
@@ -120,7 +125,37 @@ impl Shared {
         }
     }
 
-    fn begin(self: &Arc<Self>, stream: UnixStream) -> std::io::Result<Served> {
+    /// Goes on with the VMM that a service before has left.
+    fn claim(self: &Arc<Self>) -> Option<Served> {
+        let function = &self.settings.function;
+        let claimed = match self.tether.as_ref()?.claim(function) {
+            Ok(claimed) => claimed?,
+            Err(error) => {
+                tracing::warn!(function, %error, "a VMM that a service before has left could not be taken up");
+                return None;
+            }
+        };
+        let Claimed { connection, stream, vmm } = claimed;
+        let served = self.serve(stream, vmm, Some(connection));
+        served.inspect_err(|error| tracing::warn!(function, %error, "a VMM could not be served")).ok()
+    }
+
+    fn begin(self: &Arc<Self>, vmm: UnixStream) -> std::io::Result<Served> {
+        match &self.tether {
+            None => self.serve(vmm.try_clone()?, vmm, None),
+            Some(tether) => {
+                let kept = tether.keep(&self.settings.function, &vmm).map_err(std::io::Error::other)?;
+                self.serve(kept.1, vmm, Some(kept.0))
+            }
+        }
+    }
+
+    fn serve(
+        self: &Arc<Self>,
+        stream: UnixStream,
+        vmm: UnixStream,
+        kept: Option<KeptConnection>,
+    ) -> std::io::Result<Served> {
         let watched = stream.try_clone()?;
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
         let shared = Arc::clone(self);
@@ -128,14 +163,16 @@ impl Shared {
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             // The owner may have looked for a connection just before there was one.
             if !shared.is_stopping() {
-                session::run(stream, &shared.settings, &shared.function, &shared.stopping);
+                session::run(stream, kept.is_some(), &shared.settings, &shared.function, &shared.stopping);
             }
             // There are other handles of it: this is what a VMM sees whose conversation is over.
             if let Some(ended) = shared.connection.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 let _ = ended.shutdown(Shutdown::Both);
             }
+            // The VMM's own end, where it is kept.
+            drop(kept);
         })?;
-        Ok(Served { stream: watched, has_refused: false, thread })
+        Ok(Served { stream: watched, vmm, has_refused: false, thread })
     }
 
     /// Ends the connection. What is in flight completes before the VMM sees the end.
@@ -186,22 +223,33 @@ pub struct VfioUserLink {
 }
 
 impl VfioUserLink {
-    /// Starts to listen for `function`.
+    /// Starts to listen for `function`; with a keeper, goes on with the VMM that it may have.
     ///
     /// # Errors
     /// When the socket is in use or cannot be made.
-    pub fn start(settings: VfioUserSettings, function: Arc<dyn FunctionSide>) -> Result<Self, LinkError> {
+    pub fn start(
+        settings: VfioUserSettings,
+        function: Arc<dyn FunctionSide>,
+        tether: Option<Arc<Tether>>,
+    ) -> Result<Self, LinkError> {
         let path = settings.socket.clone();
         let system = |error| LinkError::System { path: path.clone(), error };
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let waker = Arc::new(EventFd::from_value_and_flags(0, flags).map_err(|error| system(error.into()))?);
         let listening = Listening::open(&settings.socket, settings.mode)?;
         let name: String = format!("link {}", settings.function).chars().take(15).collect();
-        let shared =
-            Arc::new(Shared { settings, function, stopping: AtomicBool::new(false), connection: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            settings,
+            function,
+            tether,
+            stopping: AtomicBool::new(false),
+            connection: Mutex::new(None),
+        });
+        // Before the service says that all is there: what nobody has claimed by then ends.
+        let claimed = shared.claim();
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
-        let thread =
-            std::thread::Builder::new().name(name).spawn(move || theirs.run(&listening, &wake)).map_err(system)?;
+        let run = move || theirs.run(&listening, &wake, claimed);
+        let thread = std::thread::Builder::new().name(name).spawn(run).map_err(system)?;
         Ok(Self { shared, thread: Some(thread), waker })
     }
 

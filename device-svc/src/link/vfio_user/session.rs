@@ -18,12 +18,12 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::VfioUserSettings;
 use super::dma_table::DmaTable;
-use super::framing::{FLAG_NO_REPLY, FLAG_TYPE, FramingError, Header, Message, TYPE_COMMAND, TYPE_REPLY};
+use super::framing::{FLAG_KEEPER, FLAG_NO_REPLY, FLAG_TYPE, FramingError, Header, Message, TYPE_COMMAND, TYPE_REPLY};
 use super::function::ShownFunction;
 use super::interrupts::Action;
 use super::message::{
     Capabilities, DeviceInfo, DmaMap, DmaUnmap, IrqAction, IrqData, IrqInfo, IrqSet, RegionAccess, RegionInfo, Request,
-    SmallWrite, TRANSFER_BYTES_MAX, VersionBody, version_text,
+    SmallWrite, TRANSFER_BYTES_MAX, VersionBody, command::kept, version_text,
 };
 use super::wire::{Wire, answer_error};
 use crate::address::Iova;
@@ -98,15 +98,17 @@ struct Session {
     warned: bool,
 }
 
-/// Converses until the VMM hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
+/// Converses until the VMM hangs up or breaks the protocol, or the link is `stopping` and ends the connection. With a keeper between,
+/// the conversation may have begun with a service before.
 pub(super) fn run(
     stream: UnixStream,
+    kept: bool,
     settings: &VfioUserSettings,
     side: &Arc<dyn FunctionSide>,
     stopping: &AtomicBool,
 ) {
     let name = &settings.function;
-    let mut session = match Session::new(stream, settings, side) {
+    let mut session = match Session::new(stream, kept, settings, side) {
         Ok(session) => session,
         Err(error) => {
             tracing::warn!(function = name, %error, "a VMM could not be served");
@@ -131,7 +133,7 @@ pub(super) fn run(
 
 /// Answers the first request with "busy", and ends the conversation.
 pub(super) fn refuse(stream: UnixStream) -> std::io::Result<()> {
-    let (wire, mut message) = (Wire::new(stream)?, Message::default());
+    let (wire, mut message) = (Wire::new(stream, false)?, Message::default());
     if wire.receive(&mut message).is_ok() {
         // A peer that is gone already needs no answer.
         let _ = answer_error(&wire, message.header, Errno::EBUSY);
@@ -140,8 +142,13 @@ pub(super) fn refuse(stream: UnixStream) -> std::io::Result<()> {
 }
 
 impl Session {
-    fn new(stream: UnixStream, settings: &VfioUserSettings, side: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
-        let wire = Arc::new(Wire::new(stream)?);
+    fn new(
+        stream: UnixStream,
+        kept: bool,
+        settings: &VfioUserSettings,
+        side: &Arc<dyn FunctionSide>,
+    ) -> std::io::Result<Self> {
+        let wire = Arc::new(Wire::new(stream, kept)?);
         let notify = if settings.mapped { Some(pages()?) } else { None };
         let function = ShownFunction::new(settings, side)?;
         let dma = DmaTable::new(Arc::clone(&wire) as Arc<dyn DistantMemory>);
@@ -177,10 +184,21 @@ impl Session {
         }
         tracing::trace!(function = %self.name, ?header, body = ?&message.body[..message.body.len().min(64)], "a request");
         let fds = std::mem::take(&mut message.fds);
+        let again = self.wire.is_kept() && header.flags & FLAG_KEEPER != 0;
+        if again && header.command == kept::RESTORE {
+            self.restore(&message.body, fds)?;
+            return self.wire.done();
+        }
         let result = match Request::parse(header.command, &message.body) {
             Ok(request) => self.handle(request, fds),
             Err(bad) => refusal(bad.errno(), bad),
         };
+        if again {
+            // It was good for the service before.
+            result.map_err(|refusal| FramingError::Kept(refusal.why))?;
+            return self.wire.done();
+        }
+        self.keep_state()?;
         let wanted = header.flags & FLAG_NO_REPLY == 0;
         match result {
             Ok(reply) if wanted => {
@@ -188,12 +206,35 @@ impl Session {
                 let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(AsFd::as_fd).collect();
                 self.wire.send(header, &[&reply.body], &fds)
             }
-            Ok(_) => Ok(()),
+            Ok(_) => self.wire.done(),
             Err(refusal) => {
                 self.warn(header.command, &refusal.why);
-                if wanted { answer_error(&self.wire, header, refusal.errno) } else { Ok(()) }
+                if wanted { answer_error(&self.wire, header, refusal.errno) } else { self.wire.done() }
             }
         }
+    }
+
+    /// Has the keeper keep what the function has become, before the reply tells the VMM.
+    fn keep_state(&mut self) -> Result<(), FramingError> {
+        if !self.wire.is_kept() || !self.function.take_changed() {
+            return Ok(());
+        }
+        let kept = |error: &dyn std::fmt::Display| FramingError::Kept(error.to_string());
+        let fresh = self.function.make_record().map_err(|error| kept(&error))?;
+        let state = serde_json::to_vec(&self.function.save()).map_err(|error| kept(&error))?;
+        let fds: Vec<BorrowedFd<'_>> = fresh.iter().map(AsFd::as_fd).collect();
+        self.wire.keep_state(&state, &fds)
+    }
+
+    /// The function goes on as a service before has left it.
+    fn restore(&mut self, state: &[u8], fds: Vec<OwnedFd>) -> Result<(), FramingError> {
+        let kept = |error: &dyn std::fmt::Display| FramingError::Kept(error.to_string());
+        let saved = serde_json::from_slice(state).map_err(|error| kept(&error))?;
+        let record = fds.into_iter().next().map(File::from);
+        self.function.restore(&saved, record).map_err(|why| kept(&why))?;
+        self.come_back();
+        tracing::info!(function = %self.name, "the function goes on where a service before has left it");
+        Ok(())
     }
 
     fn warn(&mut self, command: u16, why: &dyn std::fmt::Display) {
@@ -418,6 +459,7 @@ impl Session {
             registers.config.set_msix_enabled(true);
         }
         shown.interrupts.follow(&registers);
+        shown.set_changed();
         Ok(Reply::default())
     }
 

@@ -16,8 +16,8 @@ use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::framing::{
-    DESCRIPTORS_MAX, FLAG_ERROR, FLAG_TYPE, Framing, FramingError, HEADER_BYTES, Header, Message, TYPE_COMMAND,
-    TYPE_REPLY,
+    DESCRIPTORS_MAX, FLAG_ERROR, FLAG_KEEPER, FLAG_NO_REPLY, FLAG_TYPE, Framing, FramingError, HEADER_BYTES, Header,
+    Message, TYPE_COMMAND, TYPE_REPLY,
 };
 use super::message::{BODY_BYTES_MAX, DmaAccess, TRANSFER_BYTES_MAX, command};
 use crate::address::Iova;
@@ -73,6 +73,8 @@ pub(super) struct Wire {
     outbound: Mutex<Outbound>,
     questions: Mutex<Questions>,
     transfer_bytes_max: AtomicU32,
+    /// There is a keeper between us and the VMM.
+    kept: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -80,7 +82,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Wire {
-    pub(super) fn new(stream: UnixStream) -> std::io::Result<Self> {
+    /// The connection on `stream`, to a VMM, or to the keeper that holds one.
+    pub(super) fn new(stream: UnixStream, kept: bool) -> std::io::Result<Self> {
         let framing = |stream| Framing::new(stream, BODY_BYTES_MAX, DESCRIPTORS_MAX);
         let outbound = Outbound { framing: framing(stream.try_clone()?), unsent: Vec::new(), taken: 0 };
         let inbound = Inbound {
@@ -95,7 +98,28 @@ impl Wire {
             outbound: Mutex::new(outbound),
             questions: Mutex::default(),
             transfer_bytes_max: AtomicU32::new(TRANSFER_BYTES_MAX),
+            kept,
         })
+    }
+
+    /// Whether there is a keeper between us and the VMM.
+    pub(super) const fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Tells the keeper what the function becomes by the command that is being carried out.
+    pub(super) fn keep_state(&self, state: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FramingError> {
+        let flags = TYPE_COMMAND | FLAG_NO_REPLY | FLAG_KEEPER;
+        self.send(Header { command: command::kept::STATE, flags, ..Header::default() }, &[state], fds)
+    }
+
+    /// A command is carried out of which the VMM hears nothing: a keeper does.
+    pub(super) fn done(&self) -> Result<(), FramingError> {
+        if !self.kept {
+            return Ok(());
+        }
+        let flags = TYPE_REPLY | FLAG_KEEPER;
+        self.send(Header { command: command::kept::DONE, flags, ..Header::default() }, &[], &[])
     }
 
     /// What the VMM has said that one message may carry.

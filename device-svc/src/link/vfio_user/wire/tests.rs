@@ -12,7 +12,7 @@ struct Bed {
 fn bed() -> Bed {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let peer = Framing::new(theirs, BODY_BYTES_MAX, DESCRIPTORS_MAX);
-    Bed { wire: Arc::new(Wire::new(ours).unwrap()), peer }
+    Bed { wire: Arc::new(Wire::new(ours, false).unwrap()), peer }
 }
 
 fn hear(peer: &mut Framing) -> Message {
