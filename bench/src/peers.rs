@@ -182,7 +182,7 @@ fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Serv
         }
     };
     command
-        .args(["serve", "--no-keeper", "--config"])
+        .args(["serve", "--no-keeper", "--no-state", "--config"])
         .arg(configuration)
         .env("RUST_LOG", "error")
         .stdout(Stdio::piped());

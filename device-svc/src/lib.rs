@@ -14,6 +14,7 @@
 // In this order, which rustfmt.toml keeps.
 pub mod keeper;
 pub mod control;
+pub mod state;
 pub mod reactor;
 pub mod device;
 pub mod volume;

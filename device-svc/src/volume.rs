@@ -9,7 +9,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::backend::{BlockBackend, BlockInfo};
-use crate::config::{SERIAL_BYTES, VolumeConfig};
+use crate::config::{RecoveryConfig, SERIAL_BYTES, VolumeConfig};
 
 /// One volume, open.
 pub struct Volume {
@@ -25,6 +25,8 @@ pub struct Volume {
     pub io_timeout: Duration,
     /// Whether the card was told not to write it. See also [`BlockInfo::read_only`]; [`info`](Self::info) joins them.
     pub read_only: bool,
+    /// What becomes of requests that were in flight when the service before this one died.
+    pub recovery: RecoveryConfig,
 }
 
 impl Volume {
@@ -38,6 +40,7 @@ impl Volume {
             backend,
             io_timeout: config.io_timeout,
             read_only: config.read_only,
+            recovery: config.recovery,
         }
     }
 

@@ -17,6 +17,7 @@ count = 1
 [control]
 listen = "unix:card.sock"
 metrics = "127.0.0.1:0"
+state = "state"
 
 [[volume]]
 name = "scratch"
@@ -142,6 +143,11 @@ fn a_card_from_start_to_end() {
     assert_eq!(ask(&["volume", "delete", "more"]), "volume more deleted\n");
 
     let second = refused(&["serve", "--config", "dray.toml"], served.path());
+    assert!(
+        second.contains("/state is used by process ") && second.contains("end that, or give this card"),
+        "{second}"
+    );
+    let second = refused(&["serve", "--config", "dray.toml", "--no-state"], served.path());
     assert!(second.contains("card.sock is in use by a running service"), "{second}");
     served.end(Signal::SIGTERM);
 }
@@ -325,7 +331,7 @@ fn sigint_ends_a_card_too_and_systemd_is_told() {
     let path = folder.path().join("notify.sock");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let served = Served::start(&[], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
+    let served = Served::start(&["--no-keeper"], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
     let mut state = [0; 64];
     let length = manager.recv(&mut state).unwrap();
     assert_eq!(&state[..length], b"READY=1");
@@ -346,7 +352,7 @@ fn logs_can_be_json() {
 
 #[test]
 fn a_card_that_is_gone_is_found_out() {
-    let mut served = Served::start(&[], &[]);
+    let mut served = Served::start(&["--no-keeper"], &[]);
     served.child.kill().unwrap();
     served.child.wait().unwrap();
     assert!(served.path().join("card.sock").exists(), "SIGKILL leaves the socket behind");
@@ -354,7 +360,7 @@ fn a_card_that_is_gone_is_found_out() {
     assert!(line.contains("no card runs there"), "{line}");
     // Another takes its place.
     let mut command = Command::new(env!("CARGO_BIN_EXE_device-svc"));
-    command.args(["serve", "--config", "dray.toml"]).current_dir(served.path());
+    command.args(["serve", "--no-keeper", "--config", "dray.toml"]).current_dir(served.path());
     served.child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut ready = String::new();
     BufReader::new(served.child.stdout.as_mut().unwrap()).read_line(&mut ready).unwrap();
@@ -373,7 +379,7 @@ fn a_bad_configuration_starts_nothing() {
         let line = refused(&[command, "--config", "dray.toml"], folder.path());
         assert_eq!(
             line,
-            "dray.toml:13:1: function \"f\": `volume`: there is no volume \"other\"; add a [[volume]] of that name"
+            "dray.toml:14:1: function \"f\": `volume`: there is no volume \"other\"; add a [[volume]] of that name"
         );
         write(&CONFIG.replace("count = 1", "cuont = 1"));
         let line = refused(&[command, "--config", "dray.toml"], folder.path());

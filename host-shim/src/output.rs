@@ -21,6 +21,7 @@ fn state(function: &FunctionView) -> &'static str {
         State::Waiting => "waiting",
         State::Attached => "attached",
         State::NeedsReset => "needs-reset",
+        State::Failed => "failed",
     }
 }
 

@@ -39,7 +39,7 @@ impl Card {
         let folder = tempfile::Builder::new().prefix("dray-test").tempdir().expect("there is a temporary folder");
         let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
         let text = format!(
-            "[reactors]\ncount = {}\npoll = \"{}\"\n[control]\nlisten = \"unix:@/card.sock\"\n{}",
+            "[reactors]\ncount = {}\npoll = \"{}\"\n[control]\nlisten = \"unix:@/card.sock\"\nstate = \"@/state\"\n{}",
             or(&settings.count, "1"),
             or(&settings.poll, "adaptive"),
             settings.parts

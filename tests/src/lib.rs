@@ -11,6 +11,7 @@ mod namespace;
 mod process;
 mod siege;
 mod testpmd;
+mod threads;
 mod verifier;
 
 pub use capture::{Capture, Captured};
@@ -21,6 +22,7 @@ pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
 pub use siege::{Besieged, Siege};
 pub use testpmd::{Driver, Port, PortCounts, Testpmd, TestpmdSettings};
+pub use threads::{signal_thread, threads_of};
 pub use verifier::Verifier;
 
 use std::path::PathBuf;

@@ -162,6 +162,7 @@ impl Bed {
             read_only: false,
             serial: SERIAL,
             io_timeout: Duration::from_secs(1),
+            reissue: true,
             limits: Vec::new(),
         };
         let shared = Arc::new(BlkShared::new(settings, &backend.info()));

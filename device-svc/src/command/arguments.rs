@@ -11,6 +11,8 @@ Files:
           The control socket; only its owner may open it.
   /run/dray/shim.sock beside it
           What host-shim may see; owner and group may open it.
+  /var/lib/dray, or $XDG_STATE_HOME/dray or ~/.local/state/dray when not root
+          What a card remembers over a restart.
 
 Exit status:
   0  done
@@ -75,7 +77,11 @@ pub(crate) enum Command {
 /// requests in flight. Drivers notice a pause. If the keeper itself is killed, the service ends too, and VMMs on vfio-user lose their
 /// devices.
 ///
-/// SIGTERM or SIGINT ends the card when what is in flight has completed, within bounded time; a second one ends it at once.
+/// SIGTERM or SIGINT ends the card when what is in flight has completed, within bounded time; a second SIGINT ends it at once. SIGHUP
+/// changes nothing.
+///
+/// What commands make and change is remembered in the state folder before they are answered, and comes back with the next start; what
+/// the configuration file names, the file decides. A folder is one card's.
 #[derive(Args, Debug)]
 #[command(after_long_help = "Examples:
   device-svc serve --config /etc/dray.toml
@@ -87,6 +93,13 @@ pub(crate) struct Serve {
     /// The control socket, in place of the configuration's
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) control: Option<String>,
+    /// The folder of what the card remembers over a restart, in place of the configuration's [default: $XDG_STATE_HOME/dray, or
+    /// ~/.local/state/dray, or /var/lib/dray as root]
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) state: Option<PathBuf>,
+    /// Remember nothing: what commands make and change is gone with the service
+    #[arg(long, conflicts_with = "state")]
+    pub(crate) no_state: bool,
     /// How logs are written to standard error; RUST_LOG filters them (info unless set)
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
@@ -348,6 +361,9 @@ pub(crate) struct VolumeCreate {
     /// Never write it
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL")]
     pub(crate) read_only: Option<String>,
+    /// What becomes of requests that were in flight when the service died: reissue, or fail (with an I/O error) [default: reissue]
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) recovery: Option<String>,
     #[command(flatten)]
     pub(crate) ask: Ask,
 }

@@ -5,6 +5,7 @@ mod client;
 mod function;
 mod output;
 mod serve;
+mod signals;
 mod stats;
 mod update;
 mod uplink;

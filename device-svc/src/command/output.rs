@@ -62,6 +62,7 @@ pub(crate) fn state_name(state: v1::State) -> &'static str {
         v1::State::Waiting => "waiting",
         v1::State::Attached => "attached",
         v1::State::NeedsReset => "needs-reset",
+        v1::State::Failed => "failed",
     }
 }
 
@@ -103,6 +104,7 @@ pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
         "serial": settings.serial,
         "backend": backend(settings.backend.as_ref()).1,
         "io-timeout": us(settings.io_timeout_us.unwrap_or_default()),
+        "recovery": settings.recovery,
         "read-only": volume.read_only,
         "size-bytes": volume.size_bytes,
         "block-bytes": volume.block_bytes,
@@ -111,6 +113,7 @@ pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
         "discard": volume.discard,
         "write-zeroes": volume.write_zeroes,
         "functions": volume.functions,
+        "failed": if volume.failed.is_empty() { Value::Null } else { volume.failed.clone().into() },
     })
 }
 
@@ -314,6 +317,7 @@ pub(crate) fn uplink_json(uplink: &v1::Uplink) -> Value {
         "functions-max": functions_max(uplink),
         "functions": uplink.functions,
         "uplinks": uplink.uplinks,
+        "failed": if uplink.failed.is_empty() { Value::Null } else { uplink.failed.clone().into() },
     })
 }
 
@@ -330,6 +334,7 @@ pub(crate) fn uplink_text(uplink: &v1::Uplink) -> String {
         ("functions-max", functions_max(uplink).map_or_else(|| "no limit".to_owned(), |most| most.to_string())),
         ("functions", list(&uplink.functions)),
         ("uplinks", list(&uplink.uplinks)),
+        ("state", state_text(&uplink.failed)),
     ])
 }
 
@@ -350,12 +355,19 @@ pub(crate) fn volume_text(volume: &v1::Volume) -> String {
         ("size", format!("{} ({} bytes)", size(volume.size_bytes), volume.size_bytes)),
         ("block-size", format!("{} (physical {})", volume.block_bytes, volume.physical_block_bytes)),
         ("io-timeout", us(settings.io_timeout_us.unwrap_or_default())),
+        ("recovery", settings.recovery),
         ("read-only", volume.read_only.to_string()),
         ("volatile-cache", volume.volatile_cache.to_string()),
         ("discard", volume.discard.to_string()),
         ("write-zeroes", volume.write_zeroes.to_string()),
         ("functions", functions),
+        ("state", state_text(&volume.failed)),
     ])
+}
+
+/// Whether a volume or an uplink could be opened.
+fn state_text(failed: &str) -> String {
+    if failed.is_empty() { "open".to_owned() } else { format!("failed: {failed}") }
 }
 
 /// A function, one key a line.

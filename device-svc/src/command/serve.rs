@@ -1,25 +1,30 @@
 //! `device-svc serve`: the card's process, from its signals to its last breath.
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use device_svc::config::Config;
+use device_svc::config::{Config, ControlAddress};
+use device_svc::control::inventory::Inventory;
 use device_svc::control::open_backend::{open_backend, open_uplink};
 use device_svc::control::serve::{Card, Update};
 use device_svc::control::starter::start_reactors;
 use device_svc::keeper;
+use device_svc::state::{CardState, StateFolder, default_state_folder};
 use device_svc::tether::Tether;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
 use super::arguments::Serve;
 use super::client::parse_address;
 use super::output::print;
+use super::signals::{self, Signals};
 
 /// Serves until told to stop, as the keeper of the process that does.
 pub(crate) fn serve(serve: &Serve) -> Result<ExitCode> {
@@ -41,17 +46,10 @@ fn tether() -> Result<Arc<Tether>> {
 
 /// Serves until told to stop.
 fn serve_card(serve: &Serve) -> Result<()> {
-    // Before any thread is spawned, so that every one of them is born with these blocked: they end the card between turns,
-    // and only the thread below takes them.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block().context("block signals")?;
+    // Before any thread is started, so that every one of them is born with them blocked.
+    signals::block()?;
     let (stop, stopping) = watch::channel(false);
     let stop = Arc::new(stop);
-    let to_stop = Arc::clone(&stop);
-    let taker = std::thread::Builder::new().name("signals".to_owned());
-    taker.spawn(move || take_signals(&signals, &to_stop)).context("start the thread that takes signals")?;
 
     let mut config = match &serve.config {
         Some(path) => Config::load(path)?,
@@ -69,14 +67,24 @@ fn serve_card(serve: &Serve) -> Result<()> {
 
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
+    // Before a reactor turns: whoever uses the folder is found first.
+    let state = state_folder(serve, &config)?.map(|folder| StateFolder::open(&folder)).transpose()?;
     let served: Result<()> = runtime.block_on(async {
+        tokio::spawn(Signals::new()?.act(Arc::clone(&stop)));
         let starter = start_reactors(&config.reactors, tether.clone())?;
         let mut card = Card::bind(&config, starter, Box::new(open_backend), Box::new(open_uplink))?;
         if let Some(tether) = &tether {
-            card.can_be_updated(Update { tether: Arc::clone(tether), stop: stop.clone() });
+            card.can_be_updated(Update { tether: Arc::clone(tether), stop: Arc::clone(&stop) });
         }
-        let ready = ready_line(&config, &card);
+        if let Some((folder, before)) = state {
+            // What another program hands over is still in use, though that has ended by itself.
+            let running = before.running || serve.stand_by;
+            card.inventory().keep_in(folder, CardState { running, ..before });
+        }
+        let (metrics, inventory) = (card.metrics_address(), Arc::clone(card.inventory()));
+        let control = config.control.listen.clone();
         card.serve(config, stopping, || {
+            let ready = ready_line(&control, metrics, &inventory);
             tracing::info!("{ready}");
             // Whoever started us may have closed its end; the card serves all the same.
             let _ = print(&format!("ready: {ready}\n"));
@@ -97,41 +105,34 @@ fn serve_card(serve: &Serve) -> Result<()> {
     served
 }
 
-fn ready_line(config: &Config, card: &Card) -> String {
-    let metrics =
-        card.metrics_address().map(|address| format!(", metrics http://{address}/metrics")).unwrap_or_default();
-    let (volumes, uplinks, functions) = (config.volumes.len(), config.uplinks.len(), config.functions.len());
-    let control = &config.control.listen;
-    format!("control {control}, volumes {volumes}, uplinks {uplinks}, functions {functions}{metrics}")
+/// What is there now, with what is remembered.
+fn ready_line(control: &ControlAddress, metrics: Option<SocketAddr>, inventory: &Inventory) -> String {
+    let metrics = metrics.map(|address| format!(", metrics http://{address}/metrics")).unwrap_or_default();
+    let (volumes, uplinks) = (inventory.volumes().len(), inventory.uplinks().len());
+    let functions = inventory.functions().len();
+    let failed = if inventory.has_failed() { ", some failed" } else { "" };
+    format!("control {control}, volumes {volumes}, uplinks {uplinks}, functions {functions}{failed}{metrics}")
 }
 
-/// The first signal stops the card, a second one ends the process at once. Waits for as long as the process lives.
-fn take_signals(signals: &SigSet, stop: &watch::Sender<bool>) {
-    loop {
-        match signals.wait() {
-            Ok(signal) if *stop.borrow() => {
-                tracing::warn!("{signal} again: ending at once");
-                // As a shell reports a process that a signal ended.
-                std::process::exit(128 + signal as i32);
-            }
-            Ok(signal) => {
-                tracing::info!("{signal}: stopping when what is in flight has completed");
-                stop.send_replace(true);
-            }
-            Err(error) => {
-                tracing::error!(%error, "signals cannot be taken");
-                return;
-            }
-        }
+/// Where the card remembers what it has, if it does.
+fn state_folder(serve: &Serve, config: &Config) -> Result<Option<PathBuf>> {
+    if serve.no_state {
+        return Ok(None);
     }
+    let folder = match (&serve.state, &config.control.state) {
+        (Some(given), _) => std::path::absolute(given).context("the current folder is not there; change to another")?,
+        (None, Some(configured)) => configured.clone(),
+        (None, None) => default_state_folder()?,
+    };
+    Ok(Some(folder))
 }
 
 /// Tells a service manager that asked for it (`sd_notify(3)`): one datagram to the socket that it named.
 fn notify_systemd(state: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let address = match name.as_bytes().strip_prefix(b"@") {
-        Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
-        None => SocketAddr::from_pathname(&name),
+        Some(abstract_name) => UnixAddress::from_abstract_name(abstract_name),
+        None => UnixAddress::from_pathname(&name),
     };
     let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
     if let Err(error) = sent {

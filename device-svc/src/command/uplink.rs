@@ -71,7 +71,11 @@ fn list(ask: &Ask) -> Result<()> {
         .map(|uplink| {
             let settings = uplink.settings.unwrap_or_default();
             let network = network(settings.backend.as_ref()).0;
-            let carrier = if uplink.carrier { "up" } else { "down" };
+            let carrier = match uplink.carrier {
+                _ if !uplink.failed.is_empty() => "failed",
+                true => "up",
+                false => "down",
+            };
             let users = uplink.functions.join(",");
             vec![settings.name, carrier.to_owned(), uplink.mtu_max.to_string(), network, users]
         })

@@ -56,6 +56,7 @@ fn create(create: VolumeCreate) -> Result<()> {
         .with("serial", create.serial)
         .with("io-timeout", create.io_timeout)
         .with("read-only", create.read_only)
+        .with("recovery", create.recovery)
         .with_typed_table("backend", Some(&create.backend))?
         .volume(&current_folder()?)?;
     let request = v1::CreateVolumeRequest { settings: Some(wire::volume_settings(&config)) };
@@ -91,7 +92,11 @@ fn list(ask: &Ask) -> Result<()> {
         .into_iter()
         .map(|volume| {
             let settings = volume.settings.unwrap_or_default();
-            let access = if volume.read_only { "read-only" } else { "read-write" };
+            let access = match volume.read_only {
+                _ if !volume.failed.is_empty() => "failed",
+                true => "read-only",
+                false => "read-write",
+            };
             let storage = backend(settings.backend.as_ref()).0;
             let users = volume.functions.join(",");
             vec![settings.name, settings.uuid, size(volume.size_bytes), access.to_owned(), storage, users]

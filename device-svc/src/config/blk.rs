@@ -48,6 +48,19 @@ impl BlkConfig {
         .into_iter()
         .find_map(|(key, differs)| differs.then_some(key))
     }
+
+    /// The first key in which `other` differs and that a VM would notice while it runs, if any.
+    pub(super) fn fixed_difference(&self, other: &Self) -> Option<&'static str> {
+        [
+            ("volume", self.volume != other.volume),
+            ("queues", self.queues != other.queues),
+            ("seg-max", self.seg_max != other.seg_max),
+            ("block-size", self.block_bytes != other.block_bytes),
+            ("write-cache", self.write_cache != other.write_cache),
+        ]
+        .into_iter()
+        .find_map(|(key, differs)| differs.then_some(key))
+    }
 }
 
 pub(super) fn blk(table: &Table<'_>, raw: &RawFunction, queue_size: u16) -> Result<BlkConfig, Fault> {

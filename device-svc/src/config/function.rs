@@ -109,6 +109,24 @@ impl FunctionConfig {
         .or_else(device)
     }
 
+    /// The first key in which `other` differs and that a VM would notice while it runs, if any.
+    #[must_use]
+    pub fn fixed_difference(&self, other: &Self) -> Option<&'static str> {
+        let device = || match (&self.device, &other.device) {
+            (DeviceConfig::Blk(this), DeviceConfig::Blk(other)) => this.fixed_difference(other),
+            (DeviceConfig::Net(this), DeviceConfig::Net(other)) => this.fixed_difference(other),
+            _ => Some("type"),
+        };
+        [
+            ("link", self.link.socket != other.link.socket || self.link.kind != other.link.kind),
+            ("queue-size", self.queue_size != other.queue_size),
+            ("packed", self.packed != other.packed),
+        ]
+        .into_iter()
+        .find_map(|(key, differs)| differs.then_some(key))
+        .or_else(device)
+    }
+
     /// Whether reactors of this kind can serve it.
     ///
     /// # Errors

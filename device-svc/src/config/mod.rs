@@ -26,6 +26,7 @@ mod tests;
 mod tunnel;
 mod uplink;
 mod volume;
+mod written;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -44,7 +45,9 @@ pub use net::{MTU_DEFAULT, NetChange, NetConfig};
 pub use options::Options;
 pub use tunnel::{LearnConfig, TunnelConfig};
 pub use uplink::{AfPacketConfig, AfXdpConfig, TapConfig, UplinkBackendConfig, UplinkConfig};
-pub use volume::{BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of};
+pub use volume::{
+    BackendConfig, IO_TIMEOUT_DEFAULT, NbdConfig, RecoveryConfig, SERIAL_BYTES, TlsIdentity, VolumeConfig, serial_of,
+};
 
 use field::{Fault, Reading, Table};
 use raw::{RawConfig, RawControl, RawReactors};
@@ -106,6 +109,8 @@ pub struct ControlConfig {
     pub shim: ControlAddress,
     /// Where Prometheus metrics are served, if at all.
     pub metrics: Option<SocketAddr>,
+    /// The folder of what the card remembers over a restart; absolute after loading from a file. `None`: the default one.
+    pub state: Option<PathBuf>,
 }
 
 impl Default for ReactorsConfig {
@@ -117,7 +122,7 @@ impl Default for ReactorsConfig {
 impl Default for ControlConfig {
     fn default() -> Self {
         let listen = default_control_address();
-        Self { shim: listen.shim_beside(), listen, metrics: None }
+        Self { shim: listen.shim_beside(), listen, metrics: None, state: None }
     }
 }
 
@@ -334,7 +339,8 @@ fn control(raw: Spanned<RawControl>, reading: Reading<'_>) -> Result<ControlConf
             table.fault_at("metrics", &raw.metrics, message)
         })?),
     };
-    Ok(ControlConfig { listen, shim, metrics })
+    let state = table.path("state", &raw.state)?;
+    Ok(ControlConfig { listen, shim, metrics, state })
 }
 
 /// serde's own errors: syntax, unknown keys, a table where a value belongs.

@@ -63,6 +63,15 @@ impl NetConfig {
     }
 }
 
+impl NetConfig {
+    /// The first key in which `other` differs and that a VM would notice while it runs, if any.
+    pub(super) fn fixed_difference(&self, other: &Self) -> Option<&'static str> {
+        [("queue-pairs", self.queue_pairs != other.queue_pairs), ("rss", self.rss != other.rss)]
+            .into_iter()
+            .find_map(|(key, differs)| differs.then_some(key))
+    }
+}
+
 /// What changes of a network interface that runs; what is `None` stays as it is.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct NetChange {

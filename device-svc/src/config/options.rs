@@ -19,6 +19,18 @@ pub struct Options {
 }
 
 impl Options {
+    /// The options as a table of the configuration, all of whose values are texts.
+    #[must_use]
+    pub fn into_table(self) -> toml::Table {
+        self.table
+    }
+
+    /// The options of such a table.
+    #[must_use]
+    pub const fn from_table(table: toml::Table) -> Self {
+        Self { table }
+    }
+
     /// Adds `key` with a plain value, if there is one.
     #[must_use]
     pub fn with(mut self, key: &str, value: Option<impl ToString>) -> Self {

@@ -29,6 +29,7 @@ pub(super) struct RawControl {
     pub(super) listen: Field,
     pub(super) shim: Field,
     pub(super) metrics: Field,
+    pub(super) state: Field,
 }
 
 #[derive(Deserialize)]
@@ -39,6 +40,7 @@ pub(super) struct RawVolume {
     pub(super) serial: Field,
     pub(super) backend: Option<Spanned<RawBackend>>,
     pub(super) io_timeout: Field,
+    pub(super) recovery: Field,
     pub(super) read_only: Field,
 }
 

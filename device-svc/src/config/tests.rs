@@ -184,7 +184,7 @@ fn syntax_and_unknown_keys() {
     refused("[control\n", "dray.toml:1:9: unclosed table, expected `]`");
     refused(
         "[control]\nlisten = \"unix:/x\"\nmetric = \"127.0.0.1:1\"\n",
-        "dray.toml:3:1: unknown key `metric`, expected one of `listen`, `shim`, `metrics`",
+        "dray.toml:3:1: unknown key `metric`, expected one of `listen`, `shim`, `metrics`, `state`",
     );
     refused(
         "[[volumes]]\n",

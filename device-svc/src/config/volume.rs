@@ -40,6 +40,28 @@ pub struct VolumeConfig {
     pub io_timeout: Duration,
     /// Whether it must not be written.
     pub read_only: bool,
+    /// What becomes of requests that were in flight when the service died.
+    pub recovery: RecoveryConfig,
+}
+
+/// What becomes of a volume's requests that were in flight when the service died, when the next one takes over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RecoveryConfig {
+    /// They are issued again, in their order, before anything new.
+    Reissue,
+    /// They end with an I/O error, and are not issued again.
+    Fail,
+}
+
+impl RecoveryConfig {
+    /// As written in the configuration.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Reissue => "reissue",
+            Self::Fail => "fail",
+        }
+    }
 }
 
 /// Where a volume's bytes are.
@@ -165,6 +187,21 @@ impl VolumeConfig {
             ("backend", self.backend != other.backend),
             ("io-timeout", self.io_timeout != other.io_timeout),
             ("read-only", self.read_only != other.read_only),
+            ("recovery", self.recovery != other.recovery),
+        ]
+        .into_iter()
+        .find_map(|(key, differs)| differs.then_some(key))
+    }
+
+    /// The first key in which `other` differs and that a VM would notice, if any.
+    #[must_use]
+    pub fn fixed_difference(&self, other: &Self) -> Option<&'static str> {
+        let (this, that) = (&self.backend, &other.backend);
+        [
+            ("uuid", self.uuid != other.uuid),
+            ("serial", self.serial != other.serial),
+            ("backend", this.type_name() != that.type_name() || this.storage() != that.storage()),
+            ("read-only", self.read_only != other.read_only),
         ]
         .into_iter()
         .find_map(|(key, differs)| differs.then_some(key))
@@ -258,7 +295,9 @@ pub(super) fn volume(raw: Spanned<RawVolume>, reading: Reading<'_>) -> Result<Vo
         .duration("io-timeout", &raw.io_timeout, Duration::from_millis(1)..=IO_TIMEOUT_MAX)?
         .unwrap_or(IO_TIMEOUT_DEFAULT);
     let read_only = table.boolean("read-only", &raw.read_only)?.unwrap_or(false);
-    Ok(VolumeConfig { name, uuid, serial, backend, io_timeout, read_only })
+    let words = [RecoveryConfig::Reissue, RecoveryConfig::Fail].map(|recovery| (recovery.word(), recovery));
+    let recovery = table.word("recovery", &raw.recovery, &words)?.unwrap_or(RecoveryConfig::Reissue);
+    Ok(VolumeConfig { name, uuid, serial, backend, io_timeout, read_only, recovery })
 }
 
 fn parse_serial(text: &str) -> Result<[u8; SERIAL_BYTES], String> {

@@ -14,7 +14,7 @@ pub use faults::{FaultNotice, start_courier};
 
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
-use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig};
+use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig, RecoveryConfig};
 use crate::device::blk::{BlkDevice, BlkSettings, BlkShared};
 use crate::device::limit::{Limit, Rates};
 use crate::device::net::NetShared;
@@ -141,6 +141,7 @@ impl CardFunction {
             read_only: volume.read_only,
             serial: volume.serial,
             io_timeout: volume.io_timeout,
+            reissue: volume.recovery == RecoveryConfig::Reissue,
             limits: std::iter::once(Arc::clone(&limit)).chain(group).collect(),
         };
         let shared = Arc::new(BlkShared::new(settings, &info));

@@ -4,13 +4,19 @@
 //!   this file        all of it: starting, stopping, who uses what
 //!     ├► volume.rs     one volume: created, resized, deleted
 //!     ├► uplink.rs     one uplink: created, deleted
-//!     └► function.rs   one function: created on a volume or uplink, changed, deleted
+//!     ├► function.rs   one function: created on a volume or uplink, changed, deleted
+//!     ├► restore.rs    a start: what the configuration file names beside what is remembered; what failed is tried again
+//!     └► keep.rs       what is remembered, before a change is answered
 //! ```
 //!
 //! Changes happen one at a time and wholly or not at all. What asks (a list, a scrape) never waits for a change, which
 //! may itself wait for a storage server.
+//!
+//! What was there before a restart and cannot be opened after it is there all the same, with the reason: it has failed.
 
 mod function;
+mod keep;
+mod restore;
 mod uplink;
 mod volume;
 
@@ -26,8 +32,9 @@ use super::seam::{FunctionRun, FunctionStarter};
 use super::standing::StandingSink;
 use crate::backend::net::NetBackend;
 use crate::backend::{BackendError, BlockBackend};
-use crate::config::{Config, FunctionConfig, LimitGroupConfig, UplinkConfig, VolumeConfig};
+use crate::config::{FunctionConfig, LimitGroupConfig, UplinkConfig, VolumeConfig};
 use crate::metrics::ReactorCounters;
+use crate::state::{CardState, Origin, StateFolder};
 use crate::uplink::Uplink;
 use crate::volume::Volume;
 
@@ -62,18 +69,32 @@ pub enum InventoryError {
     Unavailable(String),
 }
 
+/// What is there, or why it has failed.
+type Open<T> = Result<T, String>;
+
 struct VolumeEntry {
     config: VolumeConfig,
-    volume: Arc<Volume>,
+    origin: Origin,
+    volume: Open<Arc<Volume>>,
 }
 
 struct UplinkEntry {
     config: UplinkConfig,
-    uplink: Arc<Uplink>,
+    origin: Origin,
+    uplink: Open<Arc<Uplink>>,
 }
 
 struct FunctionEntry {
     config: FunctionConfig,
+    origin: Origin,
+    /// Of a network interface: whether its link shall be up.
+    link_up: bool,
+    running: Open<Running>,
+}
+
+/// A function that runs.
+#[derive(Clone)]
+struct Running {
     run: Arc<dyn FunctionRun>,
     sink: Arc<StandingSink>,
 }
@@ -87,10 +108,19 @@ struct Tables {
     stopping: bool,
 }
 
+/// What outlives the service.
+#[derive(Default)]
+struct Memory {
+    /// Where everything is kept, if it is.
+    folder: Option<StateFolder>,
+    /// What the service before this one had, until it is there again.
+    before: CardState,
+}
+
 /// The inventory. Its methods block; none is to be called on an asynchronous thread.
 pub struct Inventory {
     /// Held during a change.
-    change: Mutex<()>,
+    change: Mutex<Memory>,
     /// Held for moments.
     tables: RwLock<Tables>,
     events: Arc<EventLog>,
@@ -104,7 +134,7 @@ impl Inventory {
     #[must_use]
     pub fn new(starter: Arc<dyn FunctionStarter>, open_backend: OpenBackend, open_uplink: OpenUplink) -> Self {
         Self {
-            change: Mutex::new(()),
+            change: Mutex::default(),
             tables: RwLock::default(),
             events: Arc::new(EventLog::default()),
             starter,
@@ -120,7 +150,7 @@ impl Inventory {
     }
 
     // A panic in one change leaves the tables as they were between two steps, and each step is whole.
-    fn changing(&self) -> MutexGuard<'_, ()> {
+    fn changing(&self) -> MutexGuard<'_, Memory> {
         self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -132,36 +162,27 @@ impl Inventory {
         self.tables.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts everything of a configuration; on the first error stops again what it started.
-    ///
-    /// # Errors
-    /// Why one volume, uplink or function could not be started.
-    pub fn start_all(&self, config: &Config) -> Result<(), InventoryError> {
-        for group in &config.limit_groups {
-            self.write().groups.insert(group.name.clone(), group.clone());
+    /// Stops every function and lets go of every volume and uplink. Nothing can be created afterwards. That is remembered as an end
+    /// by itself.
+    pub fn stop_all(&self) {
+        let memory = self.changing();
+        let last = CardState { running: false, ..self.read().state() };
+        self.let_go_of_all();
+        if let Some(folder) = &memory.folder
+            && let Err(error) = folder.write(&last)
+        {
+            tracing::error!(%error, "that the card has ended by itself is not remembered");
         }
-        // One that uses another comes after it.
-        let (alone, on_others): (Vec<_>, Vec<_>) =
-            config.uplinks.iter().partition(|uplink| uplink.backend.uplink().is_none());
-        let mut uplinks = alone.into_iter().chain(on_others);
-        let started = config
-            .volumes
-            .iter()
-            .try_for_each(|volume| self.create_volume(volume.clone()).map(|_| ()))
-            .and_then(|()| uplinks.try_for_each(|u| self.create_uplink(u.clone()).map(|_| ())))
-            .and_then(|()| config.functions.iter().try_for_each(|f| self.create_function(f.clone()).map(|_| ())));
-        started.inspect_err(|_| self.stop_all())
     }
 
-    /// Stops every function and lets go of every volume and uplink. Nothing can be created afterwards.
-    pub fn stop_all(&self) {
-        let _changing = self.changing();
+    fn let_go_of_all(&self) {
         let functions: Vec<FunctionEntry> = {
             let mut tables = self.write();
             tables.stopping = true;
             std::mem::take(&mut tables.functions).into_values().collect()
         };
-        for some in functions.chunks(STOPPED_AT_ONCE) {
+        let running: Vec<&Running> = functions.iter().filter_map(|function| function.running.as_ref().ok()).collect();
+        for some in running.chunks(STOPPED_AT_ONCE) {
             std::thread::scope(|scope| {
                 for function in some {
                     scope.spawn(|| function.run.stop());
@@ -231,9 +252,10 @@ impl Tables {
         functions.chain(self.uplinks_on(uplink).map(|other| format!("uplink {:?}", other.config.name))).collect()
     }
 
-    /// Whether one more can use an uplink.
-    fn check_room(&self, place: &str, key: &str, uplink: &Uplink) -> Result<(), InventoryError> {
-        let users = self.users_of(&uplink.name);
+    /// Whether `user`, as [`users_of`](Self::users_of) calls it, can use an uplink beside the others.
+    fn check_room(&self, place: &str, key: &str, uplink: &Uplink, user: &str) -> Result<(), InventoryError> {
+        let mut users = self.users_of(&uplink.name);
+        users.retain(|other| other != user);
         let most = uplink.backend.info().functions_max;
         if users.len() < most {
             return Ok(());
@@ -269,6 +291,11 @@ fn same_or_exists(place: &str, difference: Option<&'static str>) -> Result<bool,
             "it exists with another value; delete it first, or ask for the settings that it has",
         )),
     }
+}
+
+/// What has failed can be asked for nothing.
+fn failed(place: &str, why: &str) -> InventoryError {
+    InventoryError::Unavailable(format!("{place} has failed, and is tried again until it is there or deleted: {why}"))
 }
 
 fn from_backend(place: &str, error: BackendError) -> InventoryError {

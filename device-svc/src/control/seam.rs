@@ -22,6 +22,11 @@ pub enum Standing {
         /// What the guest did.
         reason: String,
     },
+    /// It was there before a restart and could not be started after it; nobody can attach. It is tried again.
+    Failed {
+        /// What stands against it.
+        reason: String,
+    },
 }
 
 /// Is told of each change of a function's standing, from any thread; never blocks for long.

@@ -31,6 +31,9 @@ const FAREWELL_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long functions may take to stop, by their contract well below this.
 const STOP_TIME_MAX: Duration = Duration::from_secs(20);
 
+/// How often what has failed is tried again.
+const AGAIN_AFTER: Duration = Duration::from_secs(2);
+
 /// Messages are settings and lists; 4096 functions with their statistics fit.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -152,8 +155,10 @@ impl Card {
                 Some(tokio::spawn(serve_metrics(listener, Arc::clone(&self.inventory))))
             }
         };
+        let trying = tokio::spawn(try_failed_again(Arc::clone(&self.inventory)));
         ready();
         stopped(stop.clone()).await;
+        trying.abort();
 
         // Functions first, while followers still see them go.
         let inventory = Arc::clone(&self.inventory);
@@ -176,6 +181,17 @@ impl Card {
 fn incoming(socket: &mut ListeningSocket) -> Result<UnixListenerStream, ServeError> {
     let listener = socket.take().ok_or_else(|| std::io::Error::other("the socket is served already"))?;
     Ok(UnixListenerStream::new(UnixListener::from_std(listener)?))
+}
+
+async fn try_failed_again(inventory: Arc<Inventory>) {
+    loop {
+        tokio::time::sleep(AGAIN_AFTER).await;
+        if inventory.has_failed() {
+            let inventory = Arc::clone(&inventory);
+            // It errs when the runtime ends.
+            let _ = tokio::task::spawn_blocking(move || inventory.try_failed_again()).await;
+        }
+    }
 }
 
 async fn stopped(mut stop: watch::Receiver<bool>) {

@@ -146,6 +146,8 @@ impl StandingSink {
 fn change(from: &Standing, to: &Standing) -> Option<EventKind> {
     match (from, to) {
         (Standing::NeedsReset { .. }, Standing::NeedsReset { .. }) => None,
+        // One that has failed does not run, and says nothing.
+        (Standing::Failed { .. }, _) | (_, Standing::Failed { .. }) => None,
         (_, Standing::NeedsReset { reason }) => Some(EventKind::NeedsReset { reason: reason.clone() }),
         (Standing::Waiting, Standing::Attached { .. }) => Some(EventKind::Attached),
         (Standing::NeedsReset { .. }, Standing::Attached { .. }) => Some(EventKind::Recovered),

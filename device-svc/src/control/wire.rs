@@ -57,7 +57,8 @@ pub fn volume_config(settings: v1::VolumeSettings) -> Result<VolumeConfig, Confi
         .with("uuid", given(&settings.uuid))
         .with("serial", given(&settings.serial))
         .with("io-timeout", settings.io_timeout_us.map(micros))
-        .with("read-only", Some(settings.read_only));
+        .with("read-only", Some(settings.read_only))
+        .with("recovery", given(&settings.recovery));
     let options = match settings.backend.and_then(|backend| backend.kind) {
         None => options,
         Some(kind) => options.with_pairs("backend", backend_pairs(kind)),
@@ -115,6 +116,7 @@ pub fn volume_settings(config: &VolumeConfig) -> v1::VolumeSettings {
         backend: Some(v1::Backend { kind: Some(kind) }),
         io_timeout_us: Some(as_micros(config.io_timeout)),
         read_only: config.read_only,
+        recovery: config.recovery.word().to_owned(),
     }
 }
 
@@ -383,16 +385,24 @@ fn link_message(link: &LinkConfig) -> v1::Link {
 }
 
 pub(super) fn volume_message(state: VolumeState) -> v1::Volume {
-    v1::Volume {
+    let volume = v1::Volume {
         settings: Some(volume_settings(&state.config)),
-        size_bytes: state.info.size_bytes,
-        block_bytes: state.info.block_bytes,
-        physical_block_bytes: state.info.physical_block_bytes,
-        read_only: state.info.read_only,
-        volatile_cache: state.info.volatile_cache,
-        discard: state.info.discard,
-        write_zeroes: state.info.write_zeroes,
+        read_only: state.config.read_only,
         functions: state.functions,
+        ..v1::Volume::default()
+    };
+    match state.info {
+        Ok(info) => v1::Volume {
+            size_bytes: info.size_bytes,
+            block_bytes: info.block_bytes,
+            physical_block_bytes: info.physical_block_bytes,
+            read_only: info.read_only,
+            volatile_cache: info.volatile_cache,
+            discard: info.discard,
+            write_zeroes: info.write_zeroes,
+            ..volume
+        },
+        Err(reason) => v1::Volume { failed: reason, ..volume },
     }
 }
 
@@ -401,6 +411,7 @@ fn state_of(standing: &Standing) -> v1::State {
         Standing::Waiting => v1::State::Waiting,
         Standing::Attached { .. } => v1::State::Attached,
         Standing::NeedsReset { .. } => v1::State::NeedsReset,
+        Standing::Failed { .. } => v1::State::Failed,
     }
 }
 
@@ -409,14 +420,21 @@ const fn link_state(link: LinkState) -> v1::LinkState {
 }
 
 pub(super) fn uplink_message(state: UplinkState) -> v1::Uplink {
-    v1::Uplink {
+    let uplink = v1::Uplink {
         settings: Some(uplink_settings(&state.config)),
         carrier: state.carrier,
-        mtu_max: state.info.mtu_max.into(),
-        queue_pairs_max: state.info.channels_max.into(),
-        functions_max: state.info.functions_max as u64,
         functions: state.functions,
         uplinks: state.uplinks,
+        ..v1::Uplink::default()
+    };
+    match state.info {
+        Ok(info) => v1::Uplink {
+            mtu_max: info.mtu_max.into(),
+            queue_pairs_max: info.channels_max.into(),
+            functions_max: info.functions_max as u64,
+            ..uplink
+        },
+        Err(reason) => v1::Uplink { failed: reason, ..uplink },
     }
 }
 
@@ -427,7 +445,10 @@ pub(super) fn function_message(state: FunctionState) -> v1::Function {
         state: state_of(&state.standing).into(),
         queues_running: running.into(),
         queues: state.config.queues().into(),
-        reason: if let Standing::NeedsReset { reason } = state.standing { reason } else { String::new() },
+        reason: match state.standing {
+            Standing::NeedsReset { reason } | Standing::Failed { reason } => reason,
+            Standing::Waiting | Standing::Attached { .. } => String::new(),
+        },
         ..v1::Function::default()
     };
     match state.backing {

@@ -172,7 +172,8 @@ impl<R: FnMut()> Keeper<R> {
             service.signal(Signal::SIGHUP);
         } else {
             self.stopping = true;
-            service.signal(Signal::SIGTERM);
+            // As it came: SIGINT a second time ends the service at once.
+            service.signal(if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM });
         }
     }
 

@@ -402,10 +402,10 @@ impl PackedMirror {
                 slot = if slot + 1 == size { 0 } else { slot + 1 };
                 left -= 1;
             }
-            let mut entry = id;
+            let (mut entry, mut again) = (id, false);
             match &mut self.recorded {
                 Some(recorded) if recorded.is_again => {
-                    entry = recorded.again.pop_front().map_or(0, |chain| chain.entry);
+                    (entry, again) = recorded.again.pop_front().map_or((0, true), |chain| (chain.entry, true));
                 }
                 Some(recorded) => {
                     self.ring.take(found.slots)?;
@@ -418,7 +418,7 @@ impl PackedMirror {
                 }
                 None => self.ring.take(found.slots)?,
             }
-            sink(engine, Chain { entry, ..self.walk.chain(id, found.slots) });
+            sink(engine, Chain { entry, again, ..self.walk.chain(id, found.slots) });
         }
         Ok(())
     }

@@ -438,8 +438,9 @@ impl SplitMirror {
                 }
                 None => return Ok(()),
             }
+            let mut again = false;
             match &mut self.recorded {
-                Some(recorded) if recorded.is_again => drop(recorded.again.pop_front()),
+                Some(recorded) if recorded.is_again => again = recorded.again.pop_front().is_some(),
                 Some(recorded) => {
                     recorded.record.mark(head);
                     self.ring.take(1);
@@ -447,7 +448,7 @@ impl SplitMirror {
                 None => self.ring.take(1),
             }
             self.delivered += 1;
-            sink(engine, self.walk.chain(head, 1));
+            sink(engine, Chain { again, ..self.walk.chain(head, 1) });
         }
         Ok(())
     }

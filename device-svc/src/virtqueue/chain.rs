@@ -31,6 +31,8 @@ pub struct Chain<'a> {
     pub slots: u16,
     /// What the record of requests in flight calls it, where there is one.
     pub entry: u16,
+    /// It was in flight already when the queue started.
+    pub again: bool,
     /// The buffers, readable ones first; none is empty.
     pub segments: &'a [Segment],
     /// How many of them are readable.
@@ -240,6 +242,7 @@ impl ChainWalk {
             id,
             slots,
             entry: id,
+            again: false,
             segments: &self.segments[..self.sums.count],
             readable: self.sums.readable,
             readable_bytes: self.sums.readable_bytes,

@@ -4,12 +4,15 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{FunctionEntry, Inventory, InventoryError, Tables, VolumeEntry, exists, same_or_exists};
+use super::{
+    FunctionEntry, Inventory, InventoryError, Open, Running, Tables, VolumeEntry, exists, failed, same_or_exists,
+};
 use crate::backend::BlockInfo;
 use crate::config::{BlkConfig, DeviceConfig, FunctionConfig, LimitConfig, NetChange, NetConfig};
 use crate::control::seam::{Backing, SetError, Standing, StartError};
 use crate::control::standing::{LinkState, StandingSink};
 use crate::metrics::QueueCounters;
+use crate::state::{Kept, KeptFunction, Origin};
 use crate::uplink::Uplink;
 
 /// A function as it is now.
@@ -60,31 +63,49 @@ pub struct FunctionCounters {
 }
 
 impl Inventory {
-    /// Creates a function. Returns whether it was not there before.
+    /// Creates a function by command. Returns whether it was not there before.
     ///
     /// # Errors
-    /// When it stands against another, or its volume, uplink or link refuses.
+    /// When it stands against another, its volume, uplink or link refuses, or it cannot be kept.
     pub fn create_function(&self, config: FunctionConfig) -> Result<bool, InventoryError> {
-        let _changing = self.changing();
+        let memory = self.changing();
         let place = format!("function {:?}", config.name);
-        let (backing, sink, group) = {
+        {
             let tables = self.read();
             tables.check_running()?;
             if let Some(entry) = tables.functions.get(&config.name) {
-                return same_or_exists(&place, entry.config.first_difference(&config));
+                same_or_exists(&place, entry.config.first_difference(&config))?;
+                return entry.running().map(|_| false);
             }
+        }
+        let running = self.run_function(&config, true)?;
+        let kept = Kept { config: config.clone(), origin: Origin::Command };
+        if let Err(error) = self.keep(&memory, |state| state.functions.push(KeptFunction { kept, link_up: true })) {
+            running.run.stop();
+            return Err(error);
+        }
+        self.insert_function(config, Origin::Command, true, Ok(running));
+        Ok(true)
+    }
+
+    /// Starts a function beside those that are there, with its link up or down.
+    pub(super) fn run_function(&self, config: &FunctionConfig, link_up: bool) -> Result<Running, InventoryError> {
+        let place = format!("function {:?}", config.name);
+        let (backing, sink, group) = {
+            let tables = self.read();
             let (backing, sink) = match &config.device {
                 DeviceConfig::Blk(blk) => {
-                    let VolumeEntry { config: settings, volume } = tables.volume(&blk.volume)?;
-                    tables.check_beside(&place, &config, settings.read_only)?;
+                    let entry = tables.volume(&blk.volume)?;
+                    tables.check_beside(&place, config, entry.config.read_only)?;
+                    let volume = entry.open()?;
                     check_blocks(&place, blk, &volume.info())?;
                     let sink = StandingSink::of_disk(Arc::clone(&self.events), &config.name, volume.uuid);
                     (Backing::Volume(Arc::clone(volume)), sink)
                 }
                 DeviceConfig::Net(net) => {
-                    let uplink = &tables.uplink(&net.uplink)?.uplink;
-                    tables.check_beside(&place, &config, false)?;
-                    tables.check_room(&place, "uplink", uplink)?;
+                    let uplink = tables.uplink(&net.uplink)?.open()?;
+                    tables.check_beside(&place, config, false)?;
+                    tables.check_room(&place, "uplink", uplink, &place)?;
                     check_network(&place, net, uplink)?;
                     let carrier = Arc::clone(uplink.backend.carrier());
                     let sink = StandingSink::of_net(Arc::clone(&self.events), &config.name, carrier);
@@ -100,13 +121,39 @@ impl Inventory {
         };
         let told = Arc::clone(&sink);
         let notify = Box::new(move |standing| told.changed(standing));
-        let run = self.starter.start(&config, group.as_ref(), backing, notify).map_err(|error| match error {
+        let run = self.starter.start(config, group.as_ref(), backing, notify).map_err(|error| match error {
             StartError::Refused(message) => InventoryError::Refused(format!("{place}: {message}")),
             StartError::Unavailable(message) => InventoryError::Unavailable(format!("{place}: {message}")),
         })?;
-        self.write().functions.insert(config.name.clone(), FunctionEntry { config, run, sink: Arc::clone(&sink) });
-        sink.create();
-        Ok(true)
+        if !link_up && matches!(config.device, DeviceConfig::Net(_)) {
+            let down = NetChange { link_up: Some(false), ..NetChange::default() };
+            if let Err(SetError::Refused(message)) = run.set_net(&down) {
+                run.stop();
+                return Err(InventoryError::Refused(format!("{place}: {message}")));
+            }
+            sink.set_link(false);
+        }
+        Ok(Running { run, sink })
+    }
+
+    pub(super) fn insert_function(
+        &self,
+        config: FunctionConfig,
+        origin: Origin,
+        link_up: bool,
+        running: Open<Running>,
+    ) {
+        let sink = match &running {
+            Ok(running) => Some(Arc::clone(&running.sink)),
+            Err(why) => {
+                tracing::error!(function = %config.name, "function failed: {why}");
+                None
+            }
+        };
+        self.write().functions.insert(config.name.clone(), FunctionEntry { config, origin, link_up, running });
+        if let Some(sink) = sink {
+            sink.create();
+        }
     }
 
     /// Stops and deletes a function.
@@ -114,12 +161,15 @@ impl Inventory {
     /// # Errors
     /// When it is not there.
     pub fn delete_function(&self, name: &str) -> Result<(), InventoryError> {
-        let _changing = self.changing();
-        let run = Arc::clone(&self.read().function(name)?.run);
-        run.stop();
-        let entry = self.write().functions.remove(name);
-        if let Some(entry) = entry {
-            entry.sink.delete();
+        let memory = self.changing();
+        let running = self.read().function(name)?.running.as_ref().ok().cloned();
+        self.keep(&memory, |state| state.functions.retain(|function| function.kept.config.name != name))?;
+        if let Some(Running { run, .. }) = &running {
+            run.stop();
+        }
+        self.write().functions.remove(name);
+        if let Some(Running { sink, .. }) = running {
+            sink.delete();
         }
         Ok(())
     }
@@ -127,29 +177,40 @@ impl Inventory {
     /// Changes a function while it runs.
     ///
     /// # Errors
-    /// When it is not there, is of another type, or cannot be changed so.
+    /// When it is not there, is of another type, cannot be changed so, or the change cannot be kept.
     pub fn set_function(&self, name: &str, change: &FunctionChange) -> Result<FunctionState, InventoryError> {
-        let _changing = self.changing();
+        let memory = self.changing();
         let place = format!("function {name:?}");
-        let (run, sink, changed) = {
+        let (Running { run, sink }, changed, link_up) = {
             let tables = self.read();
             let entry = tables.function(name)?;
-            let changed = tables.changed(&place, &entry.config, change)?;
-            (Arc::clone(&entry.run), Arc::clone(&entry.sink), changed)
+            let running = entry.running()?.clone();
+            let link_up = match change {
+                FunctionChange::Net(NetChange { link_up: Some(up), .. }) => *up,
+                _ => entry.link_up,
+            };
+            (running, tables.changed(&place, &entry.config, change)?, link_up)
         };
+        self.keep(&memory, |state| {
+            if let Some(function) = state.functions.iter_mut().find(|function| function.kept.config.name == name) {
+                (function.kept.config, function.link_up) = (changed.clone(), link_up);
+            }
+        })?;
         // Outside of the lock: telling a host may take a moment.
         match change {
             FunctionChange::Blk(limit) => run.set_limit(limit),
             FunctionChange::Net(change) => {
-                let refused = |SetError::Refused(message)| InventoryError::Refused(format!("{place}: {message}"));
-                run.set_net(change).map_err(refused)?;
+                if let Err(SetError::Refused(message)) = run.set_net(change) {
+                    self.keep_unchanged(&memory);
+                    return Err(InventoryError::Refused(format!("{place}: {message}")));
+                }
                 if let Some(up) = change.link_up {
                     sink.set_link(up);
                 }
             }
         }
         if let Some(entry) = self.write().functions.get_mut(name) {
-            entry.config = changed;
+            (entry.config, entry.link_up) = (changed, link_up);
         }
         self.function(name)
     }
@@ -160,42 +221,51 @@ impl Inventory {
     /// When it is not there.
     pub fn function(&self, name: &str) -> Result<FunctionState, InventoryError> {
         let tables = self.read();
-        tables.function_state(tables.function(name)?)
+        Ok(tables.function_state(tables.function(name)?))
     }
 
     /// All functions, by name.
     #[must_use]
     pub fn functions(&self) -> Vec<FunctionState> {
         let tables = self.read();
-        // A function's volume is always there, so none is left out.
-        tables.functions.values().filter_map(|entry| tables.function_state(entry).ok()).collect()
+        tables.functions.values().map(|entry| tables.function_state(entry)).collect()
     }
 
-    /// What each function's queues count, by the function's name.
+    /// What each running function's queues count, by the function's name.
     #[must_use]
     pub fn queue_counters(&self) -> Vec<FunctionCounters> {
-        let counters = |entry: &FunctionEntry| FunctionCounters {
-            config: entry.config.clone(),
-            queues: entry.run.counters().to_vec(),
+        let counters = |entry: &FunctionEntry| {
+            let queues = entry.running.as_ref().ok()?.run.counters().to_vec();
+            Some(FunctionCounters { config: entry.config.clone(), queues })
         };
-        self.read().functions.values().map(counters).collect()
+        self.read().functions.values().filter_map(counters).collect()
     }
 }
 
 impl Tables {
-    fn function_state(&self, entry: &FunctionEntry) -> Result<FunctionState, InventoryError> {
+    fn function_state(&self, entry: &FunctionEntry) -> FunctionState {
         let backing = match &entry.config.device {
-            DeviceConfig::Blk(blk) => {
-                let VolumeEntry { config, volume } = self.volume(&blk.volume)?;
-                BackingState::Volume {
+            DeviceConfig::Blk(blk) => match self.volumes.get(&blk.volume) {
+                Some(VolumeEntry { config, volume, .. }) => BackingState::Volume {
                     uuid: config.uuid,
                     serial: config.serial_text(),
-                    size_bytes: volume.info().size_bytes,
-                }
-            }
-            DeviceConfig::Net(_) => BackingState::Uplink { link: entry.sink.link_state() },
+                    size_bytes: volume.as_ref().map_or(0, |volume| volume.info().size_bytes),
+                },
+                // One that has failed because its volume is not there.
+                None => BackingState::Volume { uuid: Uuid::nil(), serial: String::new(), size_bytes: 0 },
+            },
+            DeviceConfig::Net(_) => BackingState::Uplink {
+                link: match &entry.running {
+                    Ok(running) => running.sink.link_state(),
+                    Err(_) => LinkState { set_up: entry.link_up, carrier: false },
+                },
+            },
         };
-        Ok(FunctionState { config: entry.config.clone(), standing: entry.run.standing(), backing })
+        let standing = match &entry.running {
+            Ok(running) => running.run.standing(),
+            Err(why) => Standing::Failed { reason: why.clone() },
+        };
+        FunctionState { config: entry.config.clone(), standing, backing }
     }
 
     /// The settings after `change` of `before`.
@@ -211,7 +281,7 @@ impl Tables {
             }
             (DeviceConfig::Net(net), FunctionChange::Net(change)) => {
                 let net = change.of(net);
-                check_network(place, &net, &self.uplink(&net.uplink)?.uplink)?;
+                check_network(place, &net, self.uplink(&net.uplink)?.open()?)?;
                 DeviceConfig::Net(net)
             }
             (device, _) => {
@@ -231,6 +301,13 @@ impl Tables {
         others
             .try_for_each(|other| config.check_beside(&other.config, shared))
             .map_err(|(key, message)| exists(place, key, &message))
+    }
+}
+
+impl FunctionEntry {
+    /// What runs of it, if it has not failed.
+    fn running(&self) -> Result<&Running, InventoryError> {
+        self.running.as_ref().map_err(|why| failed(&format!("function {:?}", self.config.name), why))
     }
 }
 

@@ -134,7 +134,7 @@ fn resizing_tells_the_functions() {
     let (inventory, starter) = inventory();
     inventory.start_all(&config(&["f"])).unwrap();
     let volume = inventory.resize_volume("w", 4 << 20, false).unwrap();
-    assert_eq!(volume.info.size_bytes, 4 << 20);
+    assert_eq!(volume.info.unwrap().size_bytes, 4 << 20);
     assert_eq!(volume.config.backend, BackendConfig::Null { size_bytes: 4 << 20 });
     assert_eq!(starter.function("f").resized.load(Ordering::Relaxed), 4 << 20);
     assert_eq!(kinds(&inventory).pop().unwrap().1, EventKind::Resized { size_bytes: 4 << 20 });
@@ -143,7 +143,7 @@ fn resizing_tells_the_functions() {
         error,
         "volume \"w\" has 4194304 bytes; making it smaller loses what lies beyond: ask for that with --shrink"
     );
-    assert_eq!(inventory.resize_volume("w", 1 << 20, true).unwrap().info.size_bytes, 1 << 20);
+    assert_eq!(inventory.resize_volume("w", 1 << 20, true).unwrap().info.unwrap().size_bytes, 1 << 20);
     let error = inventory.resize_volume("w", 1000, true).unwrap_err().to_string();
     assert_eq!(error, "volume \"w\": a size of 1000 bytes is not a multiple of its 512-byte blocks");
 }

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use super::{Inventory, InventoryError, Tables, VolumeEntry, exists, from_backend, names, same_or_exists};
+use super::{
+    FunctionEntry, Inventory, InventoryError, Open, Running, Tables, VolumeEntry, exists, failed, from_backend, names,
+    same_or_exists,
+};
 use crate::backend::BlockInfo;
 use crate::config::{BackendConfig, DeviceConfig, VolumeConfig};
 use crate::control::events::EventKind;
-use crate::control::seam::FunctionRun;
+use crate::state::{Kept, Origin};
 use crate::volume::Volume;
 
 /// A volume as it is now.
@@ -14,35 +17,53 @@ use crate::volume::Volume;
 pub struct VolumeState {
     /// Its settings.
     pub config: VolumeConfig,
-    /// What it can do.
-    pub info: BlockInfo,
+    /// What it can do, or why it has failed.
+    pub info: Result<BlockInfo, String>,
     /// The functions that use it.
     pub functions: Vec<String>,
 }
 
 impl Inventory {
-    /// Creates a volume. Returns whether it was not there before.
+    /// Creates a volume by command. Returns whether it was not there before.
     ///
     /// # Errors
-    /// When it stands against another or its storage refuses.
+    /// When it stands against another, its storage refuses, or it cannot be kept.
     pub fn create_volume(&self, config: VolumeConfig) -> Result<bool, InventoryError> {
-        let _changing = self.changing();
+        let memory = self.changing();
         let place = format!("volume {:?}", config.name);
         {
             let tables = self.read();
             tables.check_running()?;
             if let Some(entry) = tables.volumes.get(&config.name) {
-                return same_or_exists(&place, entry.config.first_difference(&config));
-            }
-            for other in tables.volumes.values() {
-                config.check_beside(&other.config).map_err(|(key, m)| exists(&place, key, &m))?;
+                same_or_exists(&place, entry.config.first_difference(&config))?;
+                return entry.open().map(|_| false);
             }
         }
-        let backend = (self.open_backend)(&config).map_err(|error| from_backend(&place, error))?;
-        let volume = Arc::new(Volume::new(&config, backend));
-        tracing::info!(volume = %config.name, uuid = %config.uuid, serial = config.serial_text(), "volume created");
-        self.write().volumes.insert(config.name.clone(), VolumeEntry { config, volume });
+        let volume = self.open_volume(&config)?;
+        let kept = Kept { config: config.clone(), origin: Origin::Command };
+        self.keep(&memory, |state| state.volumes.push(kept))?;
+        self.insert_volume(config, Origin::Command, Ok(volume));
         Ok(true)
+    }
+
+    /// Opens a volume beside those that are there.
+    pub(super) fn open_volume(&self, config: &VolumeConfig) -> Result<Arc<Volume>, InventoryError> {
+        let place = format!("volume {:?}", config.name);
+        for other in self.read().volumes.values().filter(|other| other.config.name != config.name) {
+            config.check_beside(&other.config).map_err(|(key, m)| exists(&place, key, &m))?;
+        }
+        let backend = (self.open_backend)(config).map_err(|error| from_backend(&place, error))?;
+        Ok(Arc::new(Volume::new(config, backend)))
+    }
+
+    pub(super) fn insert_volume(&self, config: VolumeConfig, origin: Origin, volume: Open<Arc<Volume>>) {
+        match &volume {
+            Ok(_) => {
+                tracing::info!(volume = %config.name, uuid = %config.uuid, serial = config.serial_text(), "volume created");
+            }
+            Err(why) => tracing::error!(volume = %config.name, "volume failed: {why}"),
+        }
+        self.write().volumes.insert(config.name.clone(), VolumeEntry { config, origin, volume });
     }
 
     /// Deletes a volume that no function uses.
@@ -50,17 +71,18 @@ impl Inventory {
     /// # Errors
     /// When it is not there or in use.
     pub fn delete_volume(&self, name: &str) -> Result<(), InventoryError> {
-        let _changing = self.changing();
-        let entry = {
-            let mut tables = self.write();
+        let memory = self.changing();
+        {
+            let tables = self.read();
             tables.volume(name)?;
             let users = names(tables.volume_users(name)).join(", ");
             if !users.is_empty() {
                 let message = format!("volume {name:?} is used by function {users}; delete that first");
                 return Err(InventoryError::Refused(message));
             }
-            tables.volumes.remove(name)
-        };
+        }
+        self.keep(&memory, |state| state.volumes.retain(|volume| volume.config.name != name))?;
+        let entry = self.write().volumes.remove(name);
         // Outside of the lock: closing storage may take a moment.
         drop(entry);
         tracing::info!(volume = name, "volume deleted");
@@ -70,11 +92,12 @@ impl Inventory {
     /// Sets a volume's size and tells its functions. Returns the volume as it is now.
     ///
     /// # Errors
-    /// When it is not there, the size is not one, would lose data without `shrink`, or the storage refuses.
+    /// When it is not there, the size is not one, would lose data without `shrink`, or the storage refuses; or when it cannot be kept,
+    /// and then it has its new size until a restart.
     pub fn resize_volume(&self, name: &str, size_bytes: u64, shrink: bool) -> Result<VolumeState, InventoryError> {
-        let _changing = self.changing();
+        let memory = self.changing();
         let place = format!("volume {name:?}");
-        let volume = Arc::clone(&self.read().volume(name)?.volume);
+        let volume = Arc::clone(self.read().volume(name)?.open()?);
         let info = volume.info();
         // A guest that was told of 4096-byte blocks cannot be given half a one.
         let shown = self.read().volume_users(name).filter_map(|user| shown_blocks(&user.config.device)).max();
@@ -103,17 +126,20 @@ impl Inventory {
         }
         drop(tables);
         if size_bytes != info.size_bytes {
-            let users: Vec<(String, Arc<dyn FunctionRun>)> = {
+            let users: Vec<(String, Running)> = {
                 let tables = self.read();
-                let users = tables.volume_users(name);
-                users.map(|function| (function.config.name.clone(), Arc::clone(&function.run))).collect()
+                let running = |function: &FunctionEntry| {
+                    Some((function.config.name.clone(), function.running.as_ref().ok()?.clone()))
+                };
+                tables.volume_users(name).filter_map(running).collect()
             };
             // Outside of the lock: telling a host may take a moment.
-            for (function, run) in users {
+            for (function, Running { run, .. }) in users {
                 run.resized(size_bytes);
                 self.events.push(&function, Some(volume.uuid), EventKind::Resized { size_bytes });
             }
         }
+        self.keep(&memory, |_| {})?;
         self.volume(name)
     }
 
@@ -138,9 +164,16 @@ impl Tables {
     fn volume_state(&self, entry: &VolumeEntry) -> VolumeState {
         VolumeState {
             config: entry.config.clone(),
-            info: entry.volume.info(),
+            info: entry.volume.as_ref().map(|volume| volume.info()).map_err(Clone::clone),
             functions: names(self.volume_users(&entry.config.name)),
         }
+    }
+}
+
+impl VolumeEntry {
+    /// The volume, if it has not failed.
+    pub(super) fn open(&self) -> Result<&Arc<Volume>, InventoryError> {
+        self.volume.as_ref().map_err(|why| failed(&format!("volume {:?}", self.config.name), why))
     }
 }
 

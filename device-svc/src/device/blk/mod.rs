@@ -56,6 +56,8 @@ pub struct BlkShared {
     pub serial: [u8; 20],
     /// How long a request is held for a server that is away.
     pub io_timeout: Duration,
+    /// Requests that were in flight when the service before this one died are issued again; else they end with an error.
+    pub reissue: bool,
     /// Where payload is.
     pub payload: PayloadPlace,
     queues: u16,
@@ -89,6 +91,8 @@ pub struct BlkSettings {
     pub serial: [u8; 20],
     /// How long a request is held for a server that is away.
     pub io_timeout: Duration,
+    /// Whether requests that were in flight when the service before this one died are issued again; else they end with an error.
+    pub reissue: bool,
     /// Limits, all of which a request must pass.
     pub limits: Vec<Arc<Limit>>,
 }
@@ -143,6 +147,7 @@ impl BlkShared {
             write_zeroes: info.write_zeroes,
             serial: settings.serial,
             io_timeout: settings.io_timeout,
+            reissue: settings.reissue,
             payload,
             queues: settings.queues,
             queue_size_max: settings.queue_size_max,

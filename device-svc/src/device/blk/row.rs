@@ -53,6 +53,8 @@ pub(super) struct Row {
     pub(super) slots: u16,
     /// What the record of requests in flight calls it.
     pub(super) entry: u16,
+    /// It was in flight when the service before this one died.
+    pub(super) again: bool,
     /// Where the status byte goes.
     pub(super) status_at: Iova,
     pub(super) status: Status,
@@ -90,6 +92,7 @@ impl Row {
             id: 0,
             slots: 0,
             entry: 0,
+            again: false,
             status_at: Iova(0),
             status: Status::Ok,
             readable: 0,

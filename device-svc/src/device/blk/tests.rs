@@ -25,6 +25,7 @@ fn settings() -> BlkSettings {
         read_only: false,
         serial: *b"12345678901234567890",
         io_timeout: Duration::from_secs(1),
+        reissue: true,
         limits: Vec::new(),
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::backend::net::Carrier;
-use crate::config::{MacAddress, NetChange, NetConfig};
+use crate::config::{Config, MacAddress, NetChange, NetConfig};
 use crate::control::fake::inventory_with;
 use crate::control::standing::LinkState;
 
@@ -36,7 +36,7 @@ fn a_configuration_starts_and_stops() {
     let names: Vec<String> = inventory.uplinks().into_iter().map(|uplink| uplink.config.name).collect();
     assert_eq!(names, ["any", "one"]);
     let uplink = inventory.uplink("any").unwrap();
-    assert_eq!((uplink.functions, uplink.carrier, uplink.info.mtu_max), (vec!["net0".to_owned()], true, 1450));
+    assert_eq!((uplink.functions, uplink.carrier, uplink.info.unwrap().mtu_max), (vec!["net0".to_owned()], true, 1450));
     inventory.stop_all();
     assert!(starter.function("net0").stopped.load(Ordering::Relaxed));
     assert!(inventory.uplinks().is_empty());

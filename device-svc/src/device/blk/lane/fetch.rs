@@ -77,6 +77,10 @@ impl<E: DmaEngine> BlkLane<E> {
         let header = self.queue.mirror.engine().card().get::<Header>(at);
         let row = &mut self.rows[number];
         row.kind = header.counted_as();
+        if row.again && !self.shared.reissue {
+            // Whether it was carried out nobody knows; the guest shall decide.
+            return self.end(now, number, Status::IoError, 0);
+        }
         match header.parse(&self.shared, row.readable, row.writable) {
             Ok(request) => row.request = request,
             Err(status) => return self.end(now, number, status, 0),
@@ -107,6 +111,7 @@ fn split_chain<E: DmaEngine>(
     row.id = chain.id;
     row.slots = chain.slots;
     row.entry = chain.entry;
+    row.again = chain.again;
     row.status = Status::Ok;
     row.data.clear();
     row.vectors.clear();

@@ -67,6 +67,7 @@ fn settings() -> BlkSettings {
         read_only: false,
         serial: *b"dray-test-serial-123",
         io_timeout: Duration::from_secs(1),
+        reissue: true,
         limits: Vec::new(),
     }
 }

@@ -438,3 +438,48 @@ fn requests_in_flight_are_issued_again_in_their_order_before_anything_new() {
         assert_eq!(world.server.order[4..], [0], "and then the new one");
     }
 }
+
+#[test]
+fn requests_in_flight_fail_where_the_volume_says_so_and_are_not_issued_again() {
+    for (_, mode) in modes() {
+        let mode = Mode { size: 64, ..mode };
+        let mut world = World::new(mode);
+        let engine = |card, memory| DelayedEngine::<true>::new(card, memory, mode.seed, 0);
+        let mut lane = world.lane(engine);
+        for row in [5, 1, 9] {
+            assert!(world.guest.write(row, row.into(), BLOCK_BYTES));
+        }
+        world.guest.publish();
+        for _ in 0..100 {
+            world.now += 1000;
+            lane.turn(Moment(world.now), 32, &mut world.server);
+        }
+        assert_eq!(world.server.order.len(), 3);
+        drop(lane);
+        world.server.pending.clear();
+        world.server.order.clear();
+        world.shared = Arc::new(BlkShared { reissue: false, ..Arc::into_inner(world.shared).unwrap() });
+        assert!(world.guest.write(0, 0, BLOCK_BYTES));
+        world.guest.publish();
+        let mut lane = world.lane(engine);
+        let mut ended = Vec::new();
+        for _ in 0..1000 {
+            world.now += 1000;
+            lane.turn(Moment(world.now), 2, &mut world.server);
+            let mut completions = Vec::new();
+            world.server.poll(Moment(world.now), &mut completions);
+            for completion in completions {
+                lane.complete(Moment(world.now), completion.tag.row, completion.result);
+            }
+            lane.finish_turn(Moment(world.now));
+            while let Some(one) = world.guest.take_ended() {
+                ended.push((one.row, one.status));
+            }
+        }
+        ended.sort_unstable();
+        // VIRTIO_BLK_S_IOERR for those that were under way, once each.
+        assert_eq!(ended, [(0, 0), (1, 1), (5, 1), (9, 1)], "{mode:?}");
+        assert_eq!(world.server.order, [0], "nothing but the new one was issued");
+        assert!(!lane.queue.mirror.is_resuming());
+    }
+}

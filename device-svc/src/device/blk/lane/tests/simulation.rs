@@ -157,6 +157,7 @@ fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, reac
         read_only: false,
         serial: [0; 20],
         io_timeout: Duration::from_secs(3600),
+        reissue: true,
         limits: Vec::new(),
     };
     let shared = Arc::new(BlkShared::new(settings, &info));
