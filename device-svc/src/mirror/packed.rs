@@ -79,6 +79,8 @@ pub(super) struct PackedMirror {
     /// How many slots the next poll fetches.
     guess: u16,
     staged: Vec<Staged>,
+    /// What was staged, of a batch that is being published.
+    published: Vec<Staged>,
     publishing: Option<(Ticket, u16)>,
     event_index: bool,
     arming: Option<Ticket>,
@@ -127,6 +129,7 @@ impl PackedMirror {
             fetched_slots: 0,
             guess: SLOTS_MIN,
             staged: Vec::with_capacity(usize::from(start.size)),
+            published: Vec::with_capacity(usize::from(start.size)),
             publishing: None,
             event_index: start.features & features::EVENT_INDEX != 0,
             arming: None,
@@ -197,7 +200,7 @@ impl PackedMirror {
             if landed < ticket {
                 return false;
             }
-            recorded.record.complete();
+            recorded.record.complete(entries(&self.published));
         }
         true
     }
@@ -367,8 +370,25 @@ impl PackedMirror {
         Ok(())
     }
 
+    /// Walks the chains that were found and hands them over. What was handed over is off the ring, and in the record: nothing of it has
+    /// begun.
     #[inline]
     fn deliver<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        sink: &mut impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<(), QueueFault> {
+        let delivered = self.hand_over(engine, sink);
+        if let Some(recorded) = &mut self.recorded
+            && !recorded.is_again
+        {
+            recorded.record.marked();
+        }
+        delivered
+    }
+
+    #[inline]
+    fn hand_over<E: DmaEngine>(
         &mut self,
         engine: &mut E,
         sink: &mut impl FnMut(&mut E, Chain<'_>),
@@ -400,11 +420,13 @@ impl PackedMirror {
                 Some(recorded) => {
                     self.ring.take(found.slots)?;
                     let (card, at) = (engine.card(), self.places.descriptors);
-                    let descriptors = (0..found.slots).map(|ahead| {
-                        let place = Place { slot: found.first, wrap: true }.advance(ahead, size);
-                        card.get::<PackedDescriptor>(at.add(16 * u32::from(place.slot)))
-                    });
-                    entry = recorded.record.mark(found.slots, descriptors);
+                    let until_end = found.slots.min(size - found.first);
+                    let descriptors = card.values(at.add(16 * u32::from(found.first)), until_end);
+                    entry = if until_end == found.slots {
+                        recorded.record.mark(found.slots, descriptors)
+                    } else {
+                        recorded.record.mark(found.slots, descriptors.chain(card.values(at, found.slots - until_end)))
+                    };
                 }
                 None => self.ring.take(found.slots)?,
             }
@@ -431,14 +453,12 @@ impl PackedMirror {
             engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
             if let Some(recorded) = &mut self.recorded {
                 // The flags are queued behind this, so they land behind it.
-                for staged in &self.staged {
-                    recorded.record.link(staged.entry);
-                }
-                recorded.record.linked(self.ring.next_used());
+                recorded.record.link(entries(&self.staged), self.ring.next_used());
             }
             engine.card().put(self.places.first_flags, first.flags);
             let flags_at = Iova(self.ring.descriptor_at(first.slot).0.wrapping_add(u64::from(FLAGS)));
             engine.write_index(self.places.first_flags, flags_at)?;
+            std::mem::swap(&mut self.staged, &mut self.published);
             self.staged.clear();
             let slots = self.ring.publish();
             // Our used flags against the driver's event: a full barrier on both sides (virtio 1.3, 2.8.10).
@@ -456,7 +476,7 @@ impl PackedMirror {
             return Ok(None);
         }
         if let Some(recorded) = &mut self.recorded {
-            recorded.record.complete();
+            recorded.record.complete(entries(&self.published));
         }
         self.publishing = None;
         // Slots that were staged in the meantime lie behind those published.
@@ -542,4 +562,10 @@ impl PackedMirror {
         let (avail, used) = (self.ring.next_avail(), self.ring.next_used());
         QueuePosition { next_avail: avail.slot, avail_wrap: avail.wrap, next_used: used.slot, used_wrap: used.wrap }
     }
+}
+
+/// What the record calls the chains of these.
+#[inline]
+fn entries(staged: &[Staged]) -> impl Iterator<Item = u16> {
+    staged.iter().map(|staged| staged.entry)
 }

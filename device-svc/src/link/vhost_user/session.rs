@@ -309,10 +309,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Of a network function the front end has the configuration, and complains about one that is offered.
         let kind = match self.function.network() {
             Some(_) => VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU,
-            // Frames in flight may be lost; requests to a disk may not.
-            None => VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            None => VhostUserProtocolFeatures::CONFIG,
         };
         Ok(kind
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
