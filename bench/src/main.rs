@@ -61,9 +61,12 @@ enum Subject {
     /// What it takes to lose nothing when the card's service is killed
     ///
     /// The time from SIGKILL to the first request that completes, of a driver that keeps the record of what is in flight; and the
-    /// instructions that the record costs each request at depth 32 on the null backend, counted by valgrind with the record and
-    /// without.
+    /// instructions that the record costs each request at depth 32 on the null backend, counted by callgrind in this program, with the
+    /// record and without: one lane and its driver in one thread, so two runs count the same.
     Recovery(RecoveryArguments),
+    /// What `recovery` counts the instructions of
+    #[command(hide = true)]
+    Lane(recovery::Lane),
 }
 
 /// What becomes of the results.
@@ -90,7 +93,7 @@ pub(crate) struct DmaMapArguments {
 /// How `bench recovery` runs.
 #[derive(Args)]
 pub(crate) struct RecoveryArguments {
-    /// Fewer kills and shorter windows
+    /// Fewer kills
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
@@ -144,6 +147,7 @@ fn run(subject: &Subject) -> Result<()> {
         Subject::Blk(arguments) => (blk::measure(arguments)?, &arguments.output),
         Subject::DmaMap(arguments) => (dma_map::measure(arguments)?, &arguments.output),
         Subject::Net(arguments) => (net::measure(arguments)?, &arguments.output),
+        Subject::Lane(lane) => return recovery::run_lane(*lane),
         Subject::Recovery(arguments) => (recovery::measure(arguments)?, &arguments.output),
     };
     print!("{}", report.table());

@@ -124,8 +124,6 @@ pub(crate) struct DrayOptions<'a> {
     pub(crate) payload: &'a str,
     /// A backend for each function, as the configuration writes it.
     pub(crate) backends: Vec<String>,
-    /// A program that runs the service, with its arguments.
-    pub(crate) under: &'a [&'a str],
 }
 
 /// Starts Dray's service in a folder of its own below `parent`.
@@ -147,7 +145,7 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
             options.payload
         ));
     }
-    serve(cpus, folder, &text, options.under)
+    serve(cpus, folder, &text, &[])
 }
 
 /// What Dray is started with for a network function.

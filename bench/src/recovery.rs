@@ -3,18 +3,22 @@
 //! ```text
 //!   kill     from SIGKILL to the first request that completes
 //!   record   instructions of each request, with the record of what is in flight and without
+//!   lane     what they are counted of
 //! ```
 
 mod kill;
+mod lane;
 mod record;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
 use crate::RecoveryArguments;
 use crate::machine::{Cpus, load_average, processor};
 use crate::report::{Report, Row};
+
+pub(crate) use lane::{Lane, run as run_lane};
 
 /// What can be measured by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -25,19 +29,10 @@ pub(crate) enum Part {
     Record,
 }
 
-/// How long and how often.
-#[derive(Clone, Copy, Debug)]
-struct Pace {
-    kills: usize,
-    /// Windows in which instructions are counted, and how long each is.
-    windows: usize,
-    window: Duration,
-}
-
 /// All that the parts need.
 struct Run {
     cpus: Cpus,
-    pace: Pace,
+    kills: usize,
     folder: tempfile::TempDir,
     rows: Vec<Row>,
     start: Instant,
@@ -55,13 +50,9 @@ impl Run {
 /// Measures the parts asked for.
 pub(crate) fn measure(arguments: &RecoveryArguments) -> Result<Report> {
     let cpus = Cpus::find()?;
-    let pace = if arguments.quick {
-        Pace { kills: 10, windows: 3, window: Duration::from_millis(700) }
-    } else {
-        Pace { kills: 50, windows: 7, window: Duration::from_secs(2) }
-    };
+    let kills = if arguments.quick { 10 } else { 50 };
     let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
-    let mut run = Run { cpus, pace, folder, rows: Vec::new(), start: Instant::now() };
+    let mut run = Run { cpus, kills, folder, rows: Vec::new(), start: Instant::now() };
     let parts: [(Part, Measure); 2] = [(Part::Kill, kill::measure), (Part::Record, record::measure)];
     let before = load_average();
     for (part, measure) in parts {
@@ -70,13 +61,10 @@ pub(crate) fn measure(arguments: &RecoveryArguments) -> Result<Report> {
         }
     }
     let about = format!(
-        "{}, CPU {} serves, CPU {} loads; {} kills, {} windows of {} ms; {:.0} s; load average {before} before, {} after",
+        "{}, CPU {} serves, CPU {} loads; {kills} kills; {:.0} s; load average {before} before, {} after",
         processor(),
         cpus.server,
         cpus.load,
-        pace.kills,
-        pace.windows,
-        pace.window.as_millis(),
         run.start.elapsed().as_secs_f64(),
         load_average()
     );

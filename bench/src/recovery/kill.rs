@@ -42,7 +42,7 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
         run.say(&format!("SIGKILL to the first completion, {name}"));
         let disk = run.folder.path().join(format!("disk{number}"));
         let backend = format!("{{ type = \"file\", path = \"{}\", create = \"64M\" }}", disk.display());
-        let options = DrayOptions { link, poll: "adaptive", payload: "in-place", backends: vec![backend], under: &[] };
+        let options = DrayOptions { link, poll: "adaptive", payload: "in-place", backends: vec![backend] };
         let mut server = dray(run.cpus, run.folder.path(), &format!("kill{number}"), &options)?;
         server.wake();
         let waits = Values(survive(run, &mut server)?);
@@ -140,7 +140,7 @@ fn reconnecting(run: &Run, server: &mut Server) -> Result<Vec<f64>> {
     }
     driver.publish();
     let mut waits_ms = Vec::new();
-    for _ in 0..run.pace.kills {
+    for _ in 0..run.kills {
         let (load, mut replaced) = (Instant::now(), 0);
         while load.elapsed() < LOAD {
             replaced += driver.replace_ended()?;

@@ -1,111 +1,75 @@
 //! What the record of requests in flight costs: instructions of each request at depth 32 on the null backend, with it and without.
 //!
-//! One service serves both in turn, under callgrind, so slowly that its driver always has the queue full: its batches are those of a
-//! full queue.
+//! This program runs [one lane and its driver](super::lane) under callgrind, with few requests and with more: what lies between is the
+//! requests' alone. The driver does the same with the record as without, so the difference of the two is the record.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use device_svc::driver::client::ClientSettings;
-use device_svc::virtqueue::features;
 
 use super::Run;
-use crate::blk::Link;
-use crate::callgrind::{self, Counted};
-use crate::load::{REQUEST_BYTES, SPAN_BYTES, connect, settings};
-use crate::peers::{DrayOptions, dray};
+use super::lane::Lane;
+use crate::callgrind;
 use crate::points::Values;
 use crate::report::{Beside, Goal, Row, Unit};
 
-const DEPTH: u32 = 32;
+/// Requests in flight.
+pub(super) const DEPTH: u32 = 32;
 /// What the record should cost a request at most, instructions.
 const COST: f64 = 40.0;
+/// Requests of the shorter run, and how many more the longer one has.
+const FEW: u64 = 2_000;
+const MORE: u64 = 20_000;
 
-/// Reads without end until it is told to, and counts what has ended.
-fn load(socket: &Path, settings: ClientSettings, ended: &AtomicU64, stop: &AtomicBool) -> Result<()> {
-    let mut client = connect(socket, settings)?;
-    let mut seed = 1u64;
-    let mut sector = move || {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (((seed >> 32) * (SPAN_BYTES / u64::from(REQUEST_BYTES))) >> 32) * u64::from(REQUEST_BYTES / 512)
-    };
-    for row in 0..DEPTH {
-        client.queue().read(row, sector(), REQUEST_BYTES);
+/// Instructions of a whole run.
+fn instructions(folder: &Path, lane: Lane) -> Result<f64> {
+    let file = folder.join("lane.count");
+    let mut command = Command::new("valgrind");
+    command.args(["-q", "--tool=callgrind"]).arg(format!("--callgrind-out-file={}", file.display()));
+    command.arg(std::env::current_exe()?).args(["lane", "--requests", &lane.requests.to_string()]);
+    for (word, is_set) in [("--packed", lane.packed), ("--indirect", lane.indirect), ("--recorded", lane.recorded)] {
+        command.args(is_set.then_some(word));
     }
-    client.publish();
-    while !stop.load(Ordering::Relaxed) {
-        let mut next = Some(client.wait()?);
-        let mut count = 0;
-        while let Some(done) = next {
-            ensure!(done.status == 0, "a read failed");
-            client.queue().read(done.row, sector(), REQUEST_BYTES);
-            count += 1;
-            next = if count < DEPTH { client.queue().take_ended() } else { None };
-        }
-        client.publish();
-        ended.fetch_add(count.into(), Ordering::Relaxed);
-    }
-    while client.queue().in_flight() > 0 {
-        client.wait()?;
-    }
-    Ok(client.leave()?)
+    let output = command.output()?;
+    ensure!(output.status.success(), "valgrind: {}", String::from_utf8_lossy(&output.stderr));
+    let text = std::fs::read_to_string(&file)?;
+    let totals = text.lines().find_map(|line| line.strip_prefix("totals: ")?.parse().ok());
+    totals.context("callgrind counts instructions")
 }
 
-/// Instructions of each request, in several windows.
-fn count(run: &Run, counted: &mut Counted, socket: &Path, settings: ClientSettings) -> Result<Vec<f64>> {
-    let (ended, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let loading = scope.spawn(|| {
-            let done = load(socket, settings, &ended, &stop);
-            stop.store(true, Ordering::Relaxed);
-            done
-        });
-        // What comes first fills the caches of valgrind.
-        while ended.load(Ordering::Relaxed) < 1000 && !stop.load(Ordering::Relaxed) {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        let figures = counted.windows(run.pace.windows, run.pace.window, || ended.load(Ordering::Relaxed));
-        stop.store(true, Ordering::Relaxed);
-        loading.join().ok().context("the load ends")??;
-        figures
-    })
+/// Instructions of each request.
+fn of_each(folder: &Path, lane: Lane) -> Result<f64> {
+    let few = instructions(folder, Lane { requests: FEW, ..lane })?;
+    let more = instructions(folder, Lane { requests: FEW + MORE, ..lane })?;
+    Ok((more - few) / MORE as f64)
 }
 
 /// Measures both kinds of ring, with requests of three descriptors and with those that lie in a table.
 pub(super) fn measure(run: &mut Run) -> Result<()> {
     callgrind::find()?;
-    let prefix = run.folder.path().join("dray.count");
-    let under = callgrind::words(&prefix);
-    let under: Vec<&str> = under.iter().map(String::as_str).collect();
-    let backends = vec!["{ type = \"null\", size = \"1G\" }".to_owned()];
-    let options = DrayOptions { link: Link::VhostUser, poll: "always", payload: "in-place", backends, under: &under };
-    let server = dray(run.cpus, run.folder.path(), "record", &options)?;
-    server.wake();
-    let (socket, mut counted) = (server.socket(0), Counted::new(server.id(), prefix));
-    for (ring, bits) in [("split", 0), ("packed", features::RING_PACKED)] {
+    for (ring, packed) in [("split", false), ("packed", true)] {
         for (chains, indirect) in [("three descriptors", false), ("a table", true)] {
             let name = format!("instructions, {ring}, {chains}");
             run.say(&name);
-            let settings = |recorded| {
-                let features = features::EVENT_INDEX | features::INDIRECT | bits;
-                ClientSettings { features, indirect, recorded, ..settings(DEPTH) }
-            };
-            let off = count(run, &mut counted, &socket, settings(false))?;
-            let on = count(run, &mut counted, &socket, settings(true))?;
-            let each =
-                |figure: fn(f64, f64) -> f64| Values(on.iter().zip(&off).map(|(on, off)| figure(*on, *off)).collect());
+            let side = |recorded| of_each(run.folder.path(), Lane { packed, indirect, recorded, requests: 0 });
+            let (off, on) = (side(false)?, side(true)?);
             let beside = Beside {
                 name: "no record",
-                values: Values(off.clone()),
-                ratios: each(|on, off| on / off),
+                values: Values(vec![off]),
+                ratios: Values(vec![on / off]),
                 round_trips: Values(Vec::new()),
                 spoiled: 0,
             };
-            let row = |name, values, beside, goal| Row { name, values, unit: Unit::PerRequest, beside, goal };
-            let cost = each(|on, off| on - off);
-            run.rows.push(row(name.clone(), Values(on.clone()), Some(beside), None));
-            run.rows.push(row(format!("{name}: the record"), cost, None, Some(Goal::AtMost(COST))));
+            let row = |name, value, beside, goal| Row {
+                name,
+                values: Values(vec![value]),
+                unit: Unit::PerRequest,
+                beside,
+                goal,
+            };
+            run.rows.push(row(name.clone(), on, Some(beside), None));
+            run.rows.push(row(format!("{name}: the record"), on - off, None, Some(Goal::AtMost(COST))));
         }
     }
     Ok(())

@@ -51,8 +51,6 @@ pub struct ClientSettings {
     pub depth: u32,
     /// Bytes of each request's buffer.
     pub request_bytes: u32,
-    /// Whether it keeps the back end's record of requests in flight; over vhost-user only.
-    pub recorded: bool,
     /// Whether it may keep a CPU busy while it waits; where the device has no other CPU it must not.
     pub spin: bool,
 }
@@ -67,7 +65,6 @@ impl Default for ClientSettings {
             indirect: false,
             depth: 1,
             request_bytes: 4096,
-            recorded: false,
             spin: true,
         }
     }
@@ -132,17 +129,6 @@ impl Attached {
                 Self::VfioUser(Box::new(VfioUserDevice::connect(socket, settings.features, memory, sharing)?))
             }
         })
-    }
-
-    /// Gives the back end a record for one queue. Its file is the back end's alone from then on: a client does not come again.
-    fn record(&mut self, queue_size: u16) -> Result<(), FrontEndError> {
-        match self {
-            Self::VhostUser(front_end) => {
-                let record = front_end.make_record(1, queue_size)?;
-                front_end.hand_over_record(&record)
-            }
-            Self::VfioUser(_) => Err(FrontEndError::Protocol("vfio-user knows no record of requests".to_owned())),
-        }
     }
 
     const fn accepted(&self) -> u64 {
@@ -213,9 +199,6 @@ impl Client {
         let memory = GuestMemory::new(0, bytes).map_err(|error| FrontEndError::Protocol(error.to_string()))?;
         let memory = Arc::new(memory);
         let mut front_end = Attached::connect(socket, &settings, Arc::clone(&memory))?;
-        if settings.recorded {
-            front_end.record(queue_size)?;
-        }
         let options = QueueOptions { size: queue_size, features: front_end.accepted(), indirect };
         let mut queue = BlockQueue::new(&memory, options, depth, request_bytes);
         queue.queue().want_interrupts(false);

@@ -11,7 +11,7 @@ use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
 use crate::inflight::{PackedRecord, RecordFault, RecordedChain};
 use crate::link::{QueuePosition, QueueStart};
-use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place};
+use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place, mark};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, PackedDescriptor, QueueAddresses, RingFault,
     SEGMENTS_MAX, Step, features,
@@ -439,7 +439,7 @@ impl PackedMirror {
     pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32, entry: u16) {
         let place = self.ring.stage_used(slots);
         let flags = PackedRing::used_flags(place, written > 0);
-        let used = PackedDescriptor { address: 0, length: written, id, flags };
+        let used = PackedDescriptor { address: mark(slots), length: written, id, flags };
         engine.card().put(self.places.used.add(16 * u32::from(place.slot)), used);
         self.staged.push(Staged { slot: place.slot, flags, entry });
     }
@@ -448,9 +448,10 @@ impl PackedMirror {
     pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
         if self.publishing.is_none() {
             let Some(&first) = self.staged.first() else { return Ok(None) };
-            self.write_behind_first(engine)?;
+            // The first one's mark before all others: see `left_at`.
             let from = self.places.used.add(16 * u32::from(first.slot));
             engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
+            self.write_behind_first(engine)?;
             if let Some(recorded) = &mut self.recorded {
                 // The flags are queued behind this, so they land behind it.
                 recorded.record.link(entries(&self.staged), self.ring.next_used());

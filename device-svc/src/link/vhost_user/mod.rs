@@ -17,6 +17,7 @@ mod channel;
 mod client;
 mod port;
 mod regions;
+mod resume;
 mod ring;
 mod server;
 mod session;
