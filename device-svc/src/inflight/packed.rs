@@ -50,6 +50,41 @@ struct Links {
     last: u16,
 }
 
+/// A batch that is being marked.
+#[derive(Debug)]
+pub struct Marking<'a> {
+    entries: &'a [PackedEntry],
+    /// As many.
+    links: &'a mut [Links],
+    free: u16,
+    counter: u64,
+}
+
+impl Marking<'_> {
+    /// The next chain has these descriptors, `count` of them and at least one. Returns its first entry.
+    #[inline]
+    pub fn chain(&mut self, count: u16, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
+        let entries = self.entries;
+        let links = &mut self.links[..entries.len()];
+        let head = self.free;
+        let (mut free, mut last) = (head, head);
+        descriptors.for_each(|descriptor| {
+            entries[usize::from(free)].put(descriptor);
+            last = free;
+            free = links[usize::from(free)].next;
+        });
+        let first = &entries[usize::from(head)];
+        first.num.set(count);
+        first.last.set(last);
+        first.counter.set(self.counter);
+        first.inflight.set(1);
+        links[usize::from(head)].last = last;
+        self.counter = self.counter.wrapping_add(1);
+        self.free = free;
+        head
+    }
+}
+
 const fn place_of((slot, wrap): (u16, u8)) -> Place {
     Place { slot, wrap: wrap != 0 }
 }
@@ -203,37 +238,18 @@ impl PackedRecord {
         Ok(found.into_iter().map(|(_, chain)| chain).collect())
     }
 
-    /// A chain with these descriptors, `count` of them and at least one, has been fetched, and nothing is being published. Returns its
-    /// first entry. The chain is in the record once the batch is [`marked`](Self::marked).
+    /// A batch has been fetched, and nothing is being published; `mark` marks each of its chains in turn. They are in flight when it
+    /// returns: up to then their entries are free, whatever is in them, and the ring still has their descriptors.
     ///
-    /// The ring has taken `count` slots for it, and has no more slots than the record has entries: there are free ones.
+    /// The ring has taken slots for the chains, and has no more slots than the record has entries: there are free ones.
     #[inline]
-    pub fn mark(&mut self, count: u16, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
+    pub fn mark(&mut self, mark: impl FnOnce(&mut Marking<'_>)) {
         debug_assert!(!self.is_linked, "nothing is fetched between linking and publishing");
         let entries = self.region.entries();
         let links = &mut self.links[..entries.len()];
-        let head = self.free_head;
-        let (mut free, mut last) = (head, head);
-        descriptors.for_each(|descriptor| {
-            entries[usize::from(free)].put(descriptor);
-            last = free;
-            free = links[usize::from(free)].next;
-        });
-        let first = &entries[usize::from(head)];
-        first.num.set(count);
-        first.last.set(last);
-        first.counter.set(self.counter);
-        first.inflight.set(1);
-        links[usize::from(head)].last = last;
-        self.counter = self.counter.wrapping_add(1);
-        self.free_head = free;
-        head
-    }
-
-    /// The batch is fetched: what was marked is in flight from here on. Up to here its entries were free, whatever was in them, and the
-    /// ring still had its descriptors.
-    #[inline]
-    pub fn marked(&mut self) {
+        let mut marking = Marking { entries, links, free: self.free_head, counter: self.counter };
+        mark(&mut marking);
+        (self.free_head, self.counter) = (marking.free, marking.counter);
         self.heads = FreeHeads { new: self.free_head, old: self.free_head };
         self.region.header().free_heads.set(self.heads.encode());
     }

@@ -93,10 +93,11 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
     let mut packed = PackedRecord::new(&record, 4).unwrap();
     let start = Place { slot: 3, wrap: true };
     assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-    assert_eq!(packed.mark(2, [descriptor(0), descriptor(1)].into_iter()), 0);
-    assert_eq!(packed.mark(1, [descriptor(2)].into_iter()), 2);
-    assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until all of them are filled");
-    packed.marked();
+    packed.mark(|marking| {
+        assert_eq!(marking.chain(2, [descriptor(0), descriptor(1)].into_iter()), 0);
+        assert_eq!(marking.chain(1, [descriptor(2)].into_iter()), 2);
+        assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until all of them are filled");
+    });
     let now = bytes(&file, PACKED);
     let head = |now: &[u8]| [half(now, 8), half(now, 10), half(now, 12), half(now, 14), half(now, 16), half(now, 18)];
     assert_eq!(head(&now), [1, 4, 3, 3, 3, 3], "version, desc_num, free heads, used indices");
@@ -127,10 +128,11 @@ fn a_packed_batch_of_a_whole_lap_is_known_by_its_wrap_counter() {
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         let start = Place { slot: 0, wrap: true };
         assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-        for number in 0..4 {
-            assert_eq!(packed.mark(1, [descriptor(number)].into_iter()), number);
-        }
-        packed.marked();
+        packed.mark(|marking| {
+            for number in 0..4 {
+                assert_eq!(marking.chain(1, [descriptor(number)].into_iter()), number);
+            }
+        });
         let end = Place { slot: 0, wrap: false };
         packed.link([2, 1, 0, 3].into_iter(), end);
         let mut next = PackedRecord::new(&record, 4).unwrap();
@@ -173,8 +175,9 @@ fn a_packed_record_with_broken_lists_is_refused() {
         let (file, record) = queue_1(PACKED);
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         packed.attach(4, Place { slot: 0, wrap: true }, 0).unwrap();
-        packed.mark(2, [descriptor(0), descriptor(1)].into_iter());
-        packed.marked();
+        packed.mark(|marking| {
+            marking.chain(2, [descriptor(0), descriptor(1)].into_iter());
+        });
         change(&file);
         let mut packed = PackedRecord::new(&record, size)?;
         packed.attach(size, Place { slot: 0, wrap: true }, 0).map(|found| found.unwrap().1.len())

@@ -40,6 +40,8 @@ enum Fetching {
 struct Found {
     first: u16,
     slots: u16,
+    /// What the record calls it.
+    entry: u16,
     table: CardAddress,
     table_count: u32,
 }
@@ -359,6 +361,7 @@ impl PackedMirror {
             }
             if used + bytes > TABLES_BYTES {
                 self.found_count = index;
+                self.found_slots = self.found[..usize::from(index)].iter().map(|found| found.slots).sum();
                 return Ok(());
             }
             let found = &mut self.found[usize::from(index)];
@@ -370,29 +373,46 @@ impl PackedMirror {
         Ok(())
     }
 
-    /// Walks the chains that were found and hands them over. What was handed over is off the ring, and in the record: nothing of it has
-    /// begun.
+    /// Takes the chains that were found off the ring, with a record into that as well, before anything of them has begun.
+    #[inline]
+    fn take<E: DmaEngine>(&mut self, engine: &E) -> Result<(), QueueFault> {
+        let found = &mut self.found[..usize::from(self.found_count)];
+        match &mut self.recorded {
+            Some(recorded) if recorded.is_again => {
+                for (found, chain) in found.iter_mut().zip(recorded.again.drain(..usize::from(self.found_count))) {
+                    found.entry = chain.entry;
+                }
+            }
+            Some(recorded) => {
+                // What does not fit is the driver's fault, and then none of the batch is taken.
+                self.ring.take(self.found_slots)?;
+                let (card, at, size) = (engine.card(), self.places.descriptors, self.ring.size());
+                recorded.record.mark(|marking| {
+                    for Found { first, slots, entry, .. } in found {
+                        let until_end = size - *first;
+                        let descriptors = card.values(at.add(16 * u32::from(*first)), until_end.min(*slots));
+                        *entry = if *slots <= until_end {
+                            marking.chain(*slots, descriptors)
+                        } else {
+                            marking.chain(*slots, descriptors.chain(card.values(at, *slots - until_end)))
+                        };
+                    }
+                });
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Walks the chains that were found and hands them over.
     #[inline]
     fn deliver<E: DmaEngine>(
         &mut self,
         engine: &mut E,
         sink: &mut impl FnMut(&mut E, Chain<'_>),
     ) -> Result<(), QueueFault> {
-        let delivered = self.hand_over(engine, sink);
-        if let Some(recorded) = &mut self.recorded
-            && !recorded.is_again
-        {
-            recorded.record.marked();
-        }
-        delivered
-    }
-
-    #[inline]
-    fn hand_over<E: DmaEngine>(
-        &mut self,
-        engine: &mut E,
-        sink: &mut impl FnMut(&mut E, Chain<'_>),
-    ) -> Result<(), QueueFault> {
+        self.take(engine)?;
+        let is_taken = self.recorded.is_some();
         let size = self.ring.size();
         for index in 0..self.found_count {
             let found = self.found[usize::from(index)];
@@ -412,25 +432,10 @@ impl PackedMirror {
                 }
                 place = place.advance(1, size);
             }
-            let mut entry = id;
-            match &mut self.recorded {
-                Some(recorded) if recorded.is_again => {
-                    entry = recorded.again.pop_front().map_or(0, |chain| chain.entry);
-                }
-                Some(recorded) => {
-                    self.ring.take(found.slots)?;
-                    let (card, at) = (engine.card(), self.places.descriptors);
-                    let until_end = found.slots.min(size - found.first);
-                    let descriptors = card.values(at.add(16 * u32::from(found.first)), until_end);
-                    entry = if until_end == found.slots {
-                        recorded.record.mark(found.slots, descriptors)
-                    } else {
-                        recorded.record.mark(found.slots, descriptors.chain(card.values(at, found.slots - until_end)))
-                    };
-                }
-                None => self.ring.take(found.slots)?,
+            if !is_taken {
+                self.ring.take(found.slots)?;
             }
-            sink(engine, Chain { entry, ..self.walk.chain(id, found.slots) });
+            sink(engine, Chain { entry: found.entry, ..self.walk.chain(id, found.slots) });
         }
         Ok(())
     }

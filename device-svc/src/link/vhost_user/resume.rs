@@ -60,3 +60,6 @@ fn look(start: &QueueStart, engine: &mut CopyEngine) -> Result<QueuePosition, Un
     }
     Ok(QueuePosition { next_avail: next.slot, avail_wrap: next.wrap, next_used: next.slot, used_wrap: next.wrap })
 }
+
+#[cfg(test)]
+mod tests;
