@@ -222,7 +222,7 @@ fn guest_goes_on(more: &str) {
     let Some(rig) = network_rig() else { return };
     let namespace = Namespace::new(&rig, "recovery");
     // It outlives the card.
-    namespace.tap("dray0", &["vnet_hdr"]);
+    namespace.tap("dray0", &["multi_queue"]);
     namespace.address("dray0", &format!("{OWN}/24"));
     let parts = format!(
         r#"
