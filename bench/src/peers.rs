@@ -50,6 +50,14 @@ impl Server {
         result
     }
 
+    /// Kills Dray's service, and starts it anew as soon as it is gone. Returns at once: it serves when its socket is there.
+    pub(crate) fn kill_and_start(&mut self, cpus: Cpus) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = spawn(cpus, &self.folder, &[])?;
+        Ok(())
+    }
+
     /// Reads and DMA transactions of Dray's function 0 so far.
     pub(crate) fn reads_and_transactions(&self) -> Result<(f64, f64)> {
         let function = self.function()?;
@@ -172,6 +180,18 @@ pub(crate) fn dray_net(cpus: Cpus, parent: &Path, options: &NetOptions<'_>) -> R
 fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Server> {
     let configuration = folder.join("card.toml");
     std::fs::write(&configuration, text)?;
+    let mut child = spawn(cpus, &folder, under)?;
+    let output = child.stdout.take().context("its output is piped")?;
+    let server = Server { child, folder };
+    let mut line = String::new();
+    BufReader::new(output).read_line(&mut line)?;
+    ensure!(line.starts_with("ready:"), "device-svc did not start");
+    server.signal(Signal::SIGSTOP);
+    Ok(server)
+}
+
+/// Starts Dray's service on the configuration in a folder.
+fn spawn(cpus: Cpus, folder: &Path, under: &[&str]) -> Result<Child> {
     let service = device_svc()?;
     let mut command = match under {
         [] => Command::new(service),
@@ -181,19 +201,9 @@ fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Serv
             command
         }
     };
-    command
-        .args(["serve", "--no-keeper", "--no-state", "--config"])
-        .arg(configuration)
-        .env("RUST_LOG", "error")
-        .stdout(Stdio::piped());
-    let mut child = cpus.on_server(|| command.spawn()).context("start device-svc")?;
-    let output = child.stdout.take().context("its output is piped")?;
-    let server = Server { child, folder };
-    let mut line = String::new();
-    BufReader::new(output).read_line(&mut line)?;
-    ensure!(line.starts_with("ready:"), "device-svc did not start");
-    server.signal(Signal::SIGSTOP);
-    Ok(server)
+    command.args(["serve", "--no-keeper", "--no-state", "--config"]).arg(folder.join("card.toml"));
+    command.env("RUST_LOG", "error").stdout(Stdio::piped());
+    cpus.on_server(|| command.spawn()).context("start device-svc")
 }
 
 /// Starts qemu-storage-daemon with this block device, exported by an I/O thread that polls.

@@ -15,10 +15,14 @@ pub(crate) enum Unit {
     Nanoseconds,
     /// Microseconds.
     Microseconds,
+    /// Milliseconds.
+    Milliseconds,
     /// Bits per second, shown in millions.
     BitsPerSecond,
     /// Processor instructions of one packet.
     PerPacket,
+    /// Processor instructions of one request.
+    PerRequest,
     /// Bytes, shown in MiB.
     Bytes,
     /// A share of one core, 0 to 1.
@@ -35,8 +39,9 @@ impl Unit {
             Self::PerSecond => format!("{:.0} k/s", value / 1e3),
             Self::Nanoseconds => format!("{value:.0} ns"),
             Self::Microseconds => format!("{value:.1} us"),
+            Self::Milliseconds => format!("{value:.1} ms"),
             Self::BitsPerSecond => format!("{:.0} Mbit/s", value / 1e6),
-            Self::PerPacket => format!("{value:.0}"),
+            Self::PerPacket | Self::PerRequest => format!("{value:.0}"),
             Self::Bytes => format!("{:.2} MiB", value / f64::from(1 << 20)),
             Self::Core => format!("{:.2} %", value * 100.0),
             Self::PerRead => format!("{value:.2}"),
@@ -49,8 +54,10 @@ impl Unit {
             Self::PerSecond => "per-second",
             Self::Nanoseconds => "ns",
             Self::Microseconds => "us",
+            Self::Milliseconds => "ms",
             Self::BitsPerSecond => "bits-per-second",
             Self::PerPacket => "instructions-per-packet",
+            Self::PerRequest => "instructions-per-request",
             Self::Bytes => "bytes",
             Self::Core => "core",
             Self::PerRead => "per-read",

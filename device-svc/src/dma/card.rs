@@ -79,6 +79,14 @@ impl CardMemory {
         unsafe { from.read_unaligned() }
     }
 
+    /// Copies out, one by one, `count` values that lie one behind the other. Panics if they are not all inside.
+    #[inline]
+    pub fn values<T: FromBytes + Copy>(&self, at: CardAddress, count: u16) -> impl Iterator<Item = T> {
+        let from = self.pointer(at, usize::from(count) * size_of::<T>()).cast::<T>();
+        // SAFETY: as for `get`; the whole range was checked, and `self` is borrowed as long as the values are asked for.
+        (0..usize::from(count)).map(move |index| unsafe { from.add(index).read_unaligned() })
+    }
+
     /// Copies a value in. Panics if it is outside.
     #[inline]
     pub const fn put<T: IntoBytes + Immutable + Copy>(&self, at: CardAddress, value: T) {

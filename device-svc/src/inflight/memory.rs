@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::dma::Mapping;
+use crate::virtqueue::PackedDescriptor;
 
 macro_rules! field {
     ($name:ident, $atomic:ty, $value:ty, $text:literal) => {
@@ -79,7 +80,7 @@ pub(super) struct PackedHeader {
     padding: Field64,
 }
 
-/// `DescStatePacked`: one for each descriptor of a chain.
+/// `DescStatePacked`: one for each descriptor of a chain. What a descriptor of the ring has in its second half is one field here.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct PackedEntry {
@@ -89,10 +90,24 @@ pub(super) struct PackedEntry {
     pub(super) last: Field16,
     pub(super) num: Field16,
     pub(super) counter: Field64,
-    pub(super) id: Field16,
-    pub(super) flags: Field16,
-    pub(super) len: Field32,
-    pub(super) addr: Field64,
+    /// `id`, `flags` and `len`, in this order; a descriptor has `len` first.
+    id_flags_len: Field64,
+    addr: Field64,
+}
+
+impl PackedEntry {
+    /// Keeps a descriptor.
+    #[inline]
+    pub(super) fn put(&self, descriptor: PackedDescriptor) {
+        let [address, len_id_flags]: [u64; 2] = zerocopy::transmute!(descriptor);
+        self.addr.set(address);
+        self.id_flags_len.set(len_id_flags.rotate_left(32));
+    }
+
+    /// The descriptor that was kept.
+    pub(super) fn descriptor(&self) -> PackedDescriptor {
+        zerocopy::transmute!([self.addr.get(), self.id_flags_len.get().rotate_left(32)])
+    }
 }
 
 const _: () = {
@@ -105,8 +120,7 @@ const _: () = {
     assert!(offset_of!(PackedHeader, free_heads) == 12 && offset_of!(PackedHeader, used_places) == 16);
     assert!(offset_of!(PackedEntry, next) == 2 && offset_of!(PackedEntry, last) == 4);
     assert!(offset_of!(PackedEntry, num) == 6 && offset_of!(PackedEntry, counter) == 8);
-    assert!(offset_of!(PackedEntry, id) == 16 && offset_of!(PackedEntry, flags) == 18);
-    assert!(offset_of!(PackedEntry, len) == 20 && offset_of!(PackedEntry, addr) == 24);
+    assert!(offset_of!(PackedEntry, id_flags_len) == 16 && offset_of!(PackedEntry, addr) == 24);
 };
 
 /// The two heads of the list of free entries, which lie side by side.
@@ -212,11 +226,16 @@ impl<H: Shared, E: Shared> Region<H, E> {
         self.count
     }
 
-    /// One of its entries. Panics if there is none of that number: callers have checked what they did not count themselves.
+    /// Its entries. What is not counted by ourselves is checked before it is a number of one.
+    #[inline]
+    pub(super) const fn entries(&self) -> &[E] {
+        // SAFETY: as for the header; so many of them lie one behind the other.
+        unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.count as usize) }
+    }
+
+    /// One of them.
     #[inline]
     pub(super) const fn entry(&self, number: u16) -> &E {
-        assert!(number < self.count, "an entry outside the inflight record");
-        // SAFETY: as for the header; the number has just been checked.
-        unsafe { self.entries.add(number as usize).as_ref() }
+        &self.entries()[number as usize]
     }
 }

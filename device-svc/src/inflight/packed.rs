@@ -2,7 +2,7 @@
 //! slots are written over by used descriptors.
 //!
 //! ```text
-//!   fetched     entries from the free list are filled ─► both free heads move behind them, in one store
+//!   fetched     entries from the free list are filled ─► both free heads move behind those of the whole batch, in one store
 //!   published   descriptors but the first's flags ─► entries back on the free list, used place moves (the old ones stay)
 //!                 ─► flags of the first descriptor ─► `inflight` cleared ─► the old free head and used place follow
 //! ```
@@ -33,14 +33,56 @@ pub struct PackedRecord {
     places: UsedPlaces,
     /// Whether anybody has written to it.
     known: bool,
-    /// Our copy of the entries' links; the last free entry has one that leads nowhere.
-    next: Box<[u16]>,
-    /// By a chain's first entry its last one.
-    last: Box<[u16]>,
+    /// Our copy of the entries' links.
+    links: Box<[Links]>,
     free_head: u16,
     counter: u64,
-    /// The first entries of the batch that is being published.
-    batch: Vec<u16>,
+    /// A batch is being published.
+    is_linked: bool,
+}
+
+/// Where an entry leads to.
+#[derive(Clone, Copy, Default, Debug)]
+struct Links {
+    /// The next one; that of the last free entry leads nowhere.
+    next: u16,
+    /// Of a chain's first entry: the chain's last one.
+    last: u16,
+}
+
+/// A batch that is being marked.
+#[derive(Debug)]
+pub struct Marking<'a> {
+    entries: &'a [PackedEntry],
+    /// As many.
+    links: &'a mut [Links],
+    free: u16,
+    counter: u64,
+}
+
+impl Marking<'_> {
+    /// The next chain has these descriptors, `count` of them and at least one. Returns its first entry.
+    #[inline]
+    pub fn chain(&mut self, count: u16, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
+        let entries = self.entries;
+        let links = &mut self.links[..entries.len()];
+        let head = self.free;
+        let (mut free, mut last) = (head, head);
+        descriptors.for_each(|descriptor| {
+            entries[usize::from(free)].put(descriptor);
+            last = free;
+            free = links[usize::from(free)].next;
+        });
+        let first = &entries[usize::from(head)];
+        first.num.set(count);
+        first.last.set(last);
+        first.counter.set(self.counter);
+        first.inflight.set(1);
+        links[usize::from(head)].last = last;
+        self.counter = self.counter.wrapping_add(1);
+        self.free = free;
+        head
+    }
 }
 
 const fn place_of((slot, wrap): (u16, u8)) -> Place {
@@ -76,11 +118,10 @@ impl PackedRecord {
             heads,
             places,
             known,
-            next: vec![0; usize::from(entries)].into_boxed_slice(),
-            last: vec![0; usize::from(entries)].into_boxed_slice(),
+            links: vec![Links::default(); usize::from(entries)].into_boxed_slice(),
             free_head: 0,
             counter: 1,
-            batch: Vec::with_capacity(usize::from(entries)),
+            is_linked: false,
         })
     }
 
@@ -111,7 +152,7 @@ impl PackedRecord {
         let UsedPlaces { new, old } = self.places;
         let published = place_of(new) != place_of(old) && !PackedRing::is_available(flags, place_of(old));
         let (head, used) = if published { (self.heads.new, new) } else { (self.heads.old, old) };
-        let mut taken = vec![false; self.next.len()];
+        let mut taken = vec![false; self.links.len()];
         self.read_free_list(head, &mut taken)?;
         self.free_head = head;
         self.heads = FreeHeads { new: head, old: head };
@@ -130,7 +171,7 @@ impl PackedRecord {
             let entry = self.region.entry(number);
             entry.inflight.set(0);
             entry.next.set(number + 1);
-            self.next[usize::from(number)] = number + 1;
+            self.links[usize::from(number)].next = number + 1;
         }
         header.features.set(0);
         header.desc_num.set(entries);
@@ -150,8 +191,8 @@ impl PackedRecord {
             }
             let entry = self.region.entry(number);
             entry.inflight.set(0);
-            self.next[usize::from(number)] = entry.next.get();
-            number = self.next[usize::from(number)];
+            self.links[usize::from(number)].next = entry.next.get();
+            number = self.links[usize::from(number)].next;
         }
         Ok(())
     }
@@ -174,24 +215,19 @@ impl PackedRecord {
                     return Err(RecordFault::Lists);
                 }
                 let entry = self.region.entry(number);
-                descriptors.push(PackedDescriptor {
-                    address: entry.addr.get(),
-                    length: entry.len.get(),
-                    id: entry.id.get(),
-                    flags: entry.flags.get(),
-                });
-                self.next[usize::from(number)] = entry.next.get();
+                descriptors.push(entry.descriptor());
+                self.links[usize::from(number)].next = entry.next.get();
                 if index + 1 == num && number != last {
                     return Err(RecordFault::Lists);
                 }
-                number = self.next[usize::from(number)];
+                number = self.links[usize::from(number)].next;
             }
             // A chain takes a slot for each descriptor, and all of them are on the ring.
             slots += u32::from(num);
             if num == 0 || slots > u32::from(size) {
                 return Err(RecordFault::Lists);
             }
-            self.last[usize::from(head)] = last;
+            self.links[usize::from(head)].last = last;
             found.push((first.counter.get(), RecordedChain { entry: head, descriptors }));
         }
         if taken.iter().any(|taken| !taken) {
@@ -202,66 +238,52 @@ impl PackedRecord {
         Ok(found.into_iter().map(|(_, chain)| chain).collect())
     }
 
-    /// A chain with these descriptors, `count` of them and at least one, has been fetched, and nothing is being published. Returns its
-    /// first entry.
+    /// A batch has been fetched, and nothing is being published; `mark` marks each of its chains in turn. They are in flight when it
+    /// returns: up to then their entries are free, whatever is in them, and the ring still has their descriptors.
     ///
-    /// The ring has taken `count` slots for it, and has no more slots than the record has entries: there are free ones.
+    /// The ring has taken slots for the chains, and has no more slots than the record has entries: there are free ones.
     #[inline]
-    pub fn mark(&mut self, count: u16, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
-        debug_assert!(self.batch.is_empty(), "nothing is fetched between linking and publishing");
-        let head = self.free_head;
-        let (mut free, mut last) = (head, head);
-        for descriptor in descriptors {
-            let entry = self.region.entry(free);
-            entry.addr.set(descriptor.address);
-            entry.len.set(descriptor.length);
-            entry.flags.set(descriptor.flags);
-            entry.id.set(descriptor.id);
-            last = free;
-            free = self.next[usize::from(free)];
-        }
-        let first = self.region.entry(head);
-        first.num.set(count);
-        first.last.set(last);
-        first.counter.set(self.counter);
-        first.inflight.set(1);
-        self.counter = self.counter.wrapping_add(1);
-        self.last[usize::from(head)] = last;
-        self.free_head = free;
-        // Up to here the entries were free, whatever was in them.
-        self.heads = FreeHeads { new: free, old: free };
+    pub fn mark(&mut self, mark: impl FnOnce(&mut Marking<'_>)) {
+        debug_assert!(!self.is_linked, "nothing is fetched between linking and publishing");
+        let entries = self.region.entries();
+        let links = &mut self.links[..entries.len()];
+        let mut marking = Marking { entries, links, free: self.free_head, counter: self.counter };
+        mark(&mut marking);
+        (self.free_head, self.counter) = (marking.free, marking.counter);
+        self.heads = FreeHeads { new: self.free_head, old: self.free_head };
         self.region.header().free_heads.set(self.heads.encode());
-        head
     }
 
-    /// This chain belongs to the batch that is about to be published.
+    /// The chains that start at these entries are the whole batch that is about to be published, and the next used descriptor goes to
+    /// `used`; the flags of the batch's first may follow.
     #[inline]
-    pub fn link(&mut self, head: u16) {
-        let last = self.last[usize::from(head)];
-        self.region.entry(last).next.set(self.free_head);
-        self.next[usize::from(last)] = self.free_head;
-        self.free_head = head;
-        self.batch.push(head);
-    }
-
-    /// That was the whole batch, and the next used descriptor goes to `used`; the flags of the batch's first may follow.
-    #[inline]
-    pub fn linked(&mut self, used: Place) {
-        self.heads.new = self.free_head;
+    pub fn link(&mut self, batch: impl Iterator<Item = u16>, used: Place) {
+        let entries = self.region.entries();
+        let links = &mut self.links[..entries.len()];
+        let mut free = self.free_head;
+        batch.for_each(|head| {
+            let last = usize::from(links[usize::from(head)].last);
+            entries[last].next.set(free);
+            links[last].next = free;
+            free = head;
+        });
+        self.free_head = free;
+        self.is_linked = true;
+        self.heads.new = free;
         self.region.header().free_heads.set(self.heads.encode());
         self.places.new = encode(used);
         self.region.header().used_places.set(self.places.encode());
     }
 
-    /// The driver can see the batch: it is done. Does nothing if that is known already.
+    /// The driver can see the batch that was linked last, of chains that start at these entries: it is done. Does nothing if that is
+    /// known already.
     #[inline]
-    pub fn complete(&mut self) {
-        if self.batch.is_empty() {
+    pub fn complete(&mut self, batch: impl Iterator<Item = u16>) {
+        if !std::mem::take(&mut self.is_linked) {
             return;
         }
-        for head in self.batch.drain(..) {
-            self.region.entry(head).inflight.set(0);
-        }
+        let entries = self.region.entries();
+        batch.for_each(|head| entries[usize::from(head)].inflight.set(0));
         self.heads.old = self.heads.new;
         self.region.header().free_heads.set(self.heads.encode());
         self.places.old = self.places.new;

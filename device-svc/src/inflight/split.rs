@@ -19,17 +19,15 @@ pub struct SplitRecord {
     /// The counter of the next request.
     counter: u64,
     last_batch_head: u16,
-    /// The heads of the batch that is being published.
-    batch: Vec<u16>,
+    /// The used index in the record.
+    used_idx: u16,
 }
 
 impl SplitRecord {
     /// The record that is there; [`attach`](Self::attach) comes next.
     #[must_use]
     pub fn new(record: &QueueRecord) -> Self {
-        let region: Region<SplitHeader, SplitEntry> = record.region(record.entries);
-        let batch = Vec::with_capacity(usize::from(region.count()));
-        Self { region, counter: 1, last_batch_head: 0, batch }
+        Self { region: record.region(record.entries), counter: 1, last_batch_head: 0, used_idx: 0 }
     }
 
     /// Takes the record up for a ring of `size` entries whose used index is `ring_used`. Returns the heads of the requests in flight
@@ -44,6 +42,7 @@ impl SplitRecord {
         let header = self.region.header();
         let entries = self.region.count();
         let known = check_header(header.version.get(), header.features.get(), header.desc_num.get(), entries, size)?;
+        self.used_idx = ring_used;
         if !known {
             for number in 0..entries {
                 self.region.entry(number).inflight.set(0);
@@ -89,41 +88,43 @@ impl SplitRecord {
         Ok(Some(in_flight.into_iter().map(|(_, head)| head).collect()))
     }
 
-    /// The chain that starts at `head` (below the ring's size) has been fetched.
+    /// The chains that start at these heads (below the ring's size) have been fetched, in this order.
     #[inline]
-    pub fn mark(&mut self, head: u16) {
-        let entry = self.region.entry(head);
-        entry.counter.set(self.counter);
-        entry.inflight.set(1);
-        self.counter = self.counter.wrapping_add(1);
+    pub fn mark(&mut self, heads: impl Iterator<Item = u16>) {
+        let entries = self.region.entries();
+        let mut counter = self.counter;
+        heads.for_each(|head| {
+            let entry = &entries[usize::from(head)];
+            entry.counter.set(counter);
+            entry.inflight.set(1);
+            counter = counter.wrapping_add(1);
+        });
+        self.counter = counter;
     }
 
-    /// This chain belongs to the batch that is about to be published.
+    /// The chains that start at these heads are the whole batch that is about to be published; the used index may follow.
     #[inline]
-    pub fn link(&mut self, head: u16) {
-        let before = self.batch.last().copied().unwrap_or(self.last_batch_head);
-        self.region.entry(head).next.set(before);
-        self.batch.push(head);
+    pub fn link(&mut self, heads: impl Iterator<Item = u16>) {
+        let entries = self.region.entries();
+        let mut last = self.last_batch_head;
+        heads.for_each(|head| {
+            entries[usize::from(head)].next.set(last);
+            last = head;
+        });
+        self.last_batch_head = last;
+        self.region.header().last_batch_head.set(last);
     }
 
-    /// That was the whole batch; the used index may follow.
+    /// The used index in the ring says `used` now: the batch that was linked last, which has these heads, is done. Does nothing if
+    /// that is known already.
     #[inline]
-    pub fn linked(&mut self) {
-        if let Some(last) = self.batch.last() {
-            self.last_batch_head = *last;
-            self.region.header().last_batch_head.set(*last);
-        }
-    }
-
-    /// The used index in the ring says `used` now: the batch is done. Does nothing if that is known already.
-    #[inline]
-    pub fn complete(&mut self, used: u16) {
-        if self.batch.is_empty() {
+    pub fn complete(&mut self, heads: impl Iterator<Item = u16>, used: u16) {
+        if self.used_idx == used {
             return;
         }
-        for head in self.batch.drain(..) {
-            self.region.entry(head).inflight.set(0);
-        }
+        let entries = self.region.entries();
+        heads.for_each(|head| entries[usize::from(head)].inflight.set(0));
+        self.used_idx = used;
         self.region.header().used_idx.set(used);
     }
 }

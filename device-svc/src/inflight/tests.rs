@@ -54,12 +54,8 @@ fn a_split_record_is_the_specifications_byte_by_byte() {
     let now = bytes(&file, SPLIT);
     assert_eq!((long(&now, 0), half(&now, 8), half(&now, 10)), (0, 1, 4), "features, version, desc_num");
     assert_eq!((half(&now, 12), half(&now, 14)), (0, 500), "last_batch_head, used_idx");
-    for head in [2, 0, 3] {
-        split.mark(head);
-    }
-    split.link(0);
-    split.link(2);
-    split.linked();
+    split.mark([2, 0, 3].into_iter());
+    split.link([0, 2].into_iter());
     let now = bytes(&file, SPLIT);
     let entry = |now: &[u8], number: usize| {
         let at = 16 + 16 * number;
@@ -67,11 +63,11 @@ fn a_split_record_is_the_specifications_byte_by_byte() {
     };
     assert_eq!([entry(&now, 0), entry(&now, 2), entry(&now, 3)], [(1, 0, 2), (1, 0, 1), (1, 0, 3)]);
     assert_eq!((half(&now, 12), half(&now, 14)), (2, 500));
-    split.complete(502);
+    split.complete([0, 2].into_iter(), 502);
     let now = bytes(&file, SPLIT);
     assert_eq!([entry(&now, 0).0, entry(&now, 2).0, entry(&now, 3).0], [0, 0, 1]);
     assert_eq!((half(&now, 12), half(&now, 14)), (2, 502));
-    split.mark(0);
+    split.mark([0].into_iter());
     assert_eq!(SplitRecord::new(&record).attach(502, 4).unwrap(), Some(vec![3, 0]), "in the order fetched");
 }
 
@@ -80,13 +76,8 @@ fn a_split_batch_that_was_published_and_not_cleared_is_cleared() {
     let (file, record) = queue_1(SPLIT);
     let mut split = SplitRecord::new(&record);
     assert_eq!(split.attach(0xfffe, 4).unwrap(), None);
-    for head in [1, 0, 3, 2] {
-        split.mark(head);
-    }
-    for head in [3, 0] {
-        split.link(head);
-    }
-    split.linked();
+    split.mark([1, 0, 3, 2].into_iter());
+    split.link([3, 0].into_iter());
     assert_eq!(SplitRecord::new(&record).attach(0xfffe, 4).unwrap(), Some(vec![1, 0, 3, 2]), "not yet published");
     assert_eq!(SplitRecord::new(&record).attach(0, 4).unwrap(), Some(vec![1, 2]), "published");
     assert_eq!(half(&bytes(&file, SPLIT), 14), 0, "and the record is as far as the ring");
@@ -102,8 +93,11 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
     let mut packed = PackedRecord::new(&record, 4).unwrap();
     let start = Place { slot: 3, wrap: true };
     assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-    assert_eq!(packed.mark(2, [descriptor(0), descriptor(1)].into_iter()), 0);
-    assert_eq!(packed.mark(1, [descriptor(2)].into_iter()), 2);
+    packed.mark(|marking| {
+        assert_eq!(marking.chain(2, [descriptor(0), descriptor(1)].into_iter()), 0);
+        assert_eq!(marking.chain(1, [descriptor(2)].into_iter()), 2);
+        assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until all of them are filled");
+    });
     let now = bytes(&file, PACKED);
     let head = |now: &[u8]| [half(now, 8), half(now, 10), half(now, 12), half(now, 14), half(now, 16), half(now, 18)];
     assert_eq!(head(&now), [1, 4, 3, 3, 3, 3], "version, desc_num, free heads, used indices");
@@ -117,12 +111,11 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
     let second = 32 + 32;
     assert_eq!((half(&now, second + 16), half(&now, second + 18)), (7, AVAIL | 2));
     assert_eq!((now[second + 20..second + 24].to_vec(), long(&now, second + 24)), (vec![0, 2, 0, 0], 0x1001));
-    packed.link(0);
-    packed.linked(Place { slot: 1, wrap: false });
+    packed.link([0].into_iter(), Place { slot: 1, wrap: false });
     let now = bytes(&file, PACKED);
     assert_eq!(head(&now)[2..], [0, 3, 1, 3], "the new head and place move, the old ones stay");
     assert_eq!((now[20..22].to_vec(), entry(&now, 1).1), (vec![0, 1], 3), "its last entry leads to the free list");
-    packed.complete();
+    packed.complete([0].into_iter());
     let now = bytes(&file, PACKED);
     assert_eq!(head(&now)[2..], [0, 0, 1, 1]);
     assert_eq!((now[20..22].to_vec(), entry(&now, 0).0), (vec![0, 0], 0));
@@ -135,14 +128,13 @@ fn a_packed_batch_of_a_whole_lap_is_known_by_its_wrap_counter() {
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         let start = Place { slot: 0, wrap: true };
         assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-        for number in 0..4 {
-            assert_eq!(packed.mark(1, [descriptor(number)].into_iter()), number);
-        }
-        for number in [2, 1, 0, 3] {
-            packed.link(number);
-        }
+        packed.mark(|marking| {
+            for number in 0..4 {
+                assert_eq!(marking.chain(1, [descriptor(number)].into_iter()), number);
+            }
+        });
         let end = Place { slot: 0, wrap: false };
-        packed.linked(end);
+        packed.link([2, 1, 0, 3].into_iter(), end);
         let mut next = PackedRecord::new(&record, 4).unwrap();
         assert_eq!(next.doubtful_slot(), 0);
         let (used, again) = next.attach(4, Place { slot: 2, wrap: true }, flags).unwrap().unwrap();
@@ -183,7 +175,9 @@ fn a_packed_record_with_broken_lists_is_refused() {
         let (file, record) = queue_1(PACKED);
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         packed.attach(4, Place { slot: 0, wrap: true }, 0).unwrap();
-        packed.mark(2, [descriptor(0), descriptor(1)].into_iter());
+        packed.mark(|marking| {
+            marking.chain(2, [descriptor(0), descriptor(1)].into_iter());
+        });
         change(&file);
         let mut packed = PackedRecord::new(&record, size)?;
         packed.attach(size, Place { slot: 0, wrap: true }, 0).map(|found| found.unwrap().1.len())
@@ -226,7 +220,7 @@ fn a_record_that_is_forgotten_begins_anew() {
     let record = area.queue(1, false).unwrap();
     let mut split = SplitRecord::new(&record);
     split.attach(9, 4).unwrap();
-    split.mark(1);
+    split.mark([1].into_iter());
     area.forget();
     assert_eq!(SplitRecord::new(&record).attach(0, 4), Ok(None));
     assert_eq!(SplitRecord::new(&record).attach(0, 4), Ok(Some(vec![])), "what was in flight is not any more");

@@ -217,15 +217,10 @@ impl<E: DmaEngine> Mirror<E> {
         }
     }
 
-    /// Stages the used entry of a chain; `written` bytes of it were written. For a queue without a record of what is in flight.
+    /// Stages the used entry of a chain; `written` bytes of it were written. `entry` is what the record of what is in flight calls it,
+    /// where there is one.
     #[inline]
-    pub fn stage_used(&mut self, id: u16, slots: u16, written: u32) {
-        self.stage_recorded(id, slots, written, id);
-    }
-
-    /// The same for a queue that may have one, where it calls the chain `entry`.
-    #[inline]
-    pub fn stage_recorded(&mut self, id: u16, slots: u16, written: u32, entry: u16) {
+    pub fn stage_used(&mut self, id: u16, slots: u16, written: u32, entry: u16) {
         match &mut self.ring {
             Ring::Split(ring) => ring.stage_used(&self.engine, id, written),
             Ring::Packed(ring) => ring.stage_used(&self.engine, id, slots, written, entry),
@@ -305,7 +300,10 @@ impl<E: DmaEngine> Mirror<E> {
     pub fn position_before(&self, chains: u16) -> QueuePosition {
         let position = self.position();
         match &self.ring {
-            Ring::Split(_) => QueuePosition { next_avail: position.next_avail.wrapping_sub(chains), ..position },
+            Ring::Split(ring) => {
+                let chains = chains.wrapping_add(ring.left_again());
+                QueuePosition { next_avail: position.next_avail.wrapping_sub(chains), ..position }
+            }
             // What was not used starts where the next used slot is.
             Ring::Packed(_) => {
                 QueuePosition { next_avail: position.next_used, avail_wrap: position.used_wrap, ..position }

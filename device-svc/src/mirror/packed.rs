@@ -11,7 +11,7 @@ use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
 use crate::inflight::{PackedRecord, RecordFault, RecordedChain};
 use crate::link::{QueuePosition, QueueStart};
-use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place};
+use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place, mark};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, PackedDescriptor, QueueAddresses, RingFault,
     SEGMENTS_MAX, Step, features,
@@ -40,6 +40,8 @@ enum Fetching {
 struct Found {
     first: u16,
     slots: u16,
+    /// What the record calls it.
+    entry: u16,
     table: CardAddress,
     table_count: u32,
 }
@@ -81,6 +83,8 @@ pub(super) struct PackedMirror {
     /// How many slots the next poll fetches.
     guess: u16,
     staged: Vec<Staged>,
+    /// What was staged, of a batch that is being published.
+    published: Vec<Staged>,
     publishing: Option<(Ticket, u16)>,
     event_index: bool,
     arming: Option<Ticket>,
@@ -130,6 +134,7 @@ impl PackedMirror {
             fetched_slots: 0,
             guess: SLOTS_MIN,
             staged: Vec::with_capacity(usize::from(start.size)),
+            published: Vec::with_capacity(usize::from(start.size)),
             publishing: None,
             event_index: start.features & features::EVENT_INDEX != 0,
             arming: None,
@@ -200,7 +205,7 @@ impl PackedMirror {
             if landed < ticket {
                 return false;
             }
-            recorded.record.complete();
+            recorded.record.complete(entries(&self.published));
         }
         true
     }
@@ -366,6 +371,7 @@ impl PackedMirror {
             }
             if used + bytes > TABLES_BYTES {
                 self.found_count = index;
+                self.found_slots = self.found[..usize::from(index)].iter().map(|found| found.slots).sum();
                 return Ok(());
             }
             let found = &mut self.found[usize::from(index)];
@@ -377,12 +383,47 @@ impl PackedMirror {
         Ok(())
     }
 
+    /// Takes the chains that were found off the ring, with a record into that as well, before anything of them has begun.
+    #[inline]
+    fn take<E: DmaEngine>(&mut self, engine: &E) -> Result<(), QueueFault> {
+        let found = &mut self.found[..usize::from(self.found_count)];
+        match &mut self.recorded {
+            Some(recorded) if recorded.is_again => {
+                for (found, chain) in found.iter_mut().zip(recorded.again.drain(..usize::from(self.found_count))) {
+                    found.entry = chain.entry;
+                }
+            }
+            Some(recorded) => {
+                // What does not fit is the driver's fault, and then none of the batch is taken.
+                self.ring.take(self.found_slots)?;
+                let (card, at, size) = (engine.card(), self.places.descriptors, self.ring.size());
+                recorded.record.mark(|marking| {
+                    for Found { first, slots, entry, .. } in found {
+                        let until_end = size - *first;
+                        let descriptors = card.values(at.add(16 * u32::from(*first)), until_end.min(*slots));
+                        *entry = if *slots <= until_end {
+                            marking.chain(*slots, descriptors)
+                        } else {
+                            marking.chain(*slots, descriptors.chain(card.values(at, *slots - until_end)))
+                        };
+                    }
+                });
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Walks the chains that were found and hands them over.
     #[inline]
     fn deliver<E: DmaEngine>(
         &mut self,
         engine: &mut E,
         sink: &mut impl FnMut(&mut E, Chain<'_>),
     ) -> Result<(), QueueFault> {
+        self.take(engine)?;
+        let is_taken = self.recorded.is_some();
+        let again = self.recorded.as_ref().is_some_and(|recorded| recorded.is_again);
         let size = self.ring.size();
         for index in 0..self.found_count {
             let found = self.found[usize::from(index)];
@@ -402,23 +443,10 @@ impl PackedMirror {
                 slot = if slot + 1 == size { 0 } else { slot + 1 };
                 left -= 1;
             }
-            let (mut entry, mut again) = (id, false);
-            match &mut self.recorded {
-                Some(recorded) if recorded.is_again => {
-                    (entry, again) = recorded.again.pop_front().map_or((0, true), |chain| (chain.entry, true));
-                }
-                Some(recorded) => {
-                    self.ring.take(found.slots)?;
-                    let (card, at) = (engine.card(), self.places.descriptors);
-                    let descriptors = (0..found.slots).map(|ahead| {
-                        let place = Place { slot: found.first, wrap: true }.advance(ahead, size);
-                        card.get::<PackedDescriptor>(at.add(16 * u32::from(place.slot)))
-                    });
-                    entry = recorded.record.mark(found.slots, descriptors);
-                }
-                None => self.ring.take(found.slots)?,
+            if !is_taken {
+                self.ring.take(found.slots)?;
             }
-            sink(engine, Chain { entry, again, ..self.walk.chain(id, found.slots) });
+            sink(engine, Chain { entry: found.entry, again, ..self.walk.chain(id, found.slots) });
         }
         Ok(())
     }
@@ -427,7 +455,7 @@ impl PackedMirror {
     pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32, entry: u16) {
         let place = self.ring.stage_used(slots);
         let flags = PackedRing::used_flags(place, written > 0);
-        let used = PackedDescriptor { address: 0, length: written, id, flags };
+        let used = PackedDescriptor { address: mark(slots), length: written, id, flags };
         engine.card().put(self.places.used.add(16 * u32::from(place.slot)), used);
         self.staged.push(Staged { slot: place.slot, flags, entry });
     }
@@ -436,19 +464,18 @@ impl PackedMirror {
     pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
         if self.publishing.is_none() {
             let Some(&first) = self.staged.first() else { return Ok(None) };
-            self.write_behind_first(engine)?;
+            // The first one's mark before all others: see `left_at`.
             let from = self.places.used.add(16 * u32::from(first.slot));
             engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
+            self.write_behind_first(engine)?;
             if let Some(recorded) = &mut self.recorded {
                 // The flags are queued behind this, so they land behind it.
-                for staged in &self.staged {
-                    recorded.record.link(staged.entry);
-                }
-                recorded.record.linked(self.ring.next_used());
+                recorded.record.link(entries(&self.staged), self.ring.next_used());
             }
             engine.card().put(self.places.first_flags, first.flags);
             let flags_at = Iova(self.ring.descriptor_at(first.slot).0.wrapping_add(u64::from(FLAGS)));
             engine.write_index(self.places.first_flags, flags_at)?;
+            std::mem::swap(&mut self.staged, &mut self.published);
             self.staged.clear();
             let slots = self.ring.publish();
             // Our used flags against the driver's event: a full barrier on both sides (virtio 1.3, 2.8.10).
@@ -466,7 +493,7 @@ impl PackedMirror {
             return Ok(None);
         }
         if let Some(recorded) = &mut self.recorded {
-            recorded.record.complete();
+            recorded.record.complete(entries(&self.published));
         }
         self.publishing = None;
         // Slots that were staged in the meantime lie behind those published.
@@ -552,4 +579,10 @@ impl PackedMirror {
         let (avail, used) = (self.ring.next_avail(), self.ring.next_used());
         QueuePosition { next_avail: avail.slot, avail_wrap: avail.wrap, next_used: used.slot, used_wrap: used.wrap }
     }
+}
+
+/// What the record calls the chains of these.
+#[inline]
+fn entries(staged: &[Staged]) -> impl Iterator<Item = u16> {
+    staged.iter().map(|staged| staged.entry)
 }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use super::{Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
-use crate::dma::{DmaEngine, Ticket};
+use crate::dma::{CardMemory, DmaEngine, Ticket};
 use crate::inflight::SplitRecord;
 use crate::link::{QueuePosition, QueueStart};
 use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
@@ -175,14 +175,15 @@ impl SplitMirror {
     /// Whether the record is as far as the ring. A batch that is on its way to the driver comes first: its heads are the driver's
     /// again once it is there, and one of them may be fetched anew.
     #[inline]
-    fn settle_record(&mut self, landed: Ticket) -> bool {
+    fn settle_record<E: DmaEngine>(&mut self, engine: &E, landed: Ticket) -> bool {
         if let Some(recorded) = &mut self.recorded
-            && let Publishing::Waiting { ticket, new, .. } = self.publishing
+            && let Publishing::Waiting { ticket, old, new } = self.publishing
         {
             if landed < ticket {
                 return false;
             }
-            recorded.record.complete(new);
+            let batch = heads_used(engine.card(), self.places.used, self.ring.used_runs(old, new));
+            recorded.record.complete(batch, new);
         }
         true
     }
@@ -242,7 +243,7 @@ impl SplitMirror {
                 }
                 Fetching::Descriptors(ticket, count) => {
                     let landed = engine.landed()?;
-                    if landed < ticket || !self.settle_record(landed) {
+                    if landed < ticket || !self.settle_record(engine, landed) {
                         return Ok(Fetched::Waiting);
                     }
                     self.deliver(engine, count, &mut sink)?;
@@ -410,7 +411,8 @@ impl SplitMirror {
         self.places.descriptors.add(16 * u32::from(number))
     }
 
-    /// Walks the chains of a batch and hands them over, up to the first that is not wholly in card memory.
+    /// Walks the chains of a batch and hands them over, up to the first that is not wholly in card memory. What was handed over is off
+    /// the ring, and in the record: nothing of it has begun.
     #[inline]
     fn deliver<E: DmaEngine>(
         &mut self,
@@ -418,7 +420,29 @@ impl SplitMirror {
         count: u16,
         sink: &mut impl FnMut(&mut E, Chain<'_>),
     ) -> Result<(), QueueFault> {
+        let before = self.delivered;
+        let delivered = self.hand_over(engine, count, sink);
+        let taken = self.delivered - before;
+        match &mut self.recorded {
+            Some(recorded) if recorded.is_again => drop(recorded.again.drain(..usize::from(taken))),
+            Some(recorded) => {
+                recorded.record.mark(engine.card().values(self.places.entries.add(2 * u32::from(before)), taken));
+                self.ring.take(taken);
+            }
+            None => self.ring.take(taken),
+        }
+        delivered
+    }
+
+    #[inline]
+    fn hand_over<E: DmaEngine>(
+        &mut self,
+        engine: &mut E,
+        count: u16,
+        sink: &mut impl FnMut(&mut E, Chain<'_>),
+    ) -> Result<(), QueueFault> {
         let size = self.ring.size();
+        let again = self.recorded.as_ref().is_some_and(|recorded| recorded.is_again);
         for index in self.delivered..count {
             let head = engine.card().get::<u16>(self.places.entries.add(2 * u32::from(index)));
             let (card, places, asked_in, first_round) = (engine.card(), &self.places, &self.asked_in, self.first_round);
@@ -437,15 +461,6 @@ impl SplitMirror {
                     self.walk.walk_table(table_count, |at| card.get(table.add(16 * at)))?;
                 }
                 None => return Ok(()),
-            }
-            let mut again = false;
-            match &mut self.recorded {
-                Some(recorded) if recorded.is_again => again = recorded.again.pop_front().is_some(),
-                Some(recorded) => {
-                    recorded.record.mark(head);
-                    self.ring.take(1);
-                }
-                None => self.ring.take(1),
             }
             self.delivered += 1;
             sink(engine, Chain { again, ..self.walk.chain(head, 1) });
@@ -475,13 +490,7 @@ impl SplitMirror {
             }
             if let Some(recorded) = &mut self.recorded {
                 // The index is queued behind this, so it lands behind it.
-                for Run { slot, count } in self.ring.staged_runs() {
-                    for slot in slot..slot + count {
-                        let at = self.places.used.add(8 * u32::from(slot));
-                        recorded.record.link(engine.card().get::<UsedElement>(at).id as u16);
-                    }
-                }
-                recorded.record.linked();
+                recorded.record.link(heads_used(engine.card(), self.places.used, self.ring.staged_runs()));
             }
             let (old, new) = self.ring.publish();
             engine.card().put(self.places.used_index, new);
@@ -498,7 +507,8 @@ impl SplitMirror {
             return Ok(None);
         }
         if let Some(recorded) = &mut self.recorded {
-            recorded.record.complete(new);
+            let batch = heads_used(engine.card(), self.places.used, self.ring.used_runs(old, new));
+            recorded.record.complete(batch, new);
         }
         self.publishing = Publishing::Idle;
         let event = engine.card().get::<u16>(self.places.driver_event);
@@ -558,7 +568,21 @@ impl SplitMirror {
         Ok(())
     }
 
+    /// How many requests that were in flight before are still to be fetched again.
+    pub(super) fn left_again(&self) -> u16 {
+        self.recorded.as_ref().map_or(0, |recorded| recorded.again.len() as u16)
+    }
+
     pub(super) const fn position(&self) -> QueuePosition {
         QueuePosition { next_avail: self.ring.next_avail(), avail_wrap: false, next_used: 0, used_wrap: false }
     }
+}
+
+/// The heads of the used elements in these slots; the elements begin at `at`. They stay there until their chains' successors are used.
+#[inline]
+fn heads_used(card: &CardMemory, at: CardAddress, runs: [Run; 2]) -> impl Iterator<Item = u16> {
+    let [first, second] = runs.map(|Run { slot, count }| {
+        card.values::<UsedElement>(at.add(8 * u32::from(slot)), count).map(|element| element.id as u16)
+    });
+    first.chain(second)
 }

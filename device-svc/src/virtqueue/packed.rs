@@ -4,8 +4,12 @@
 //! One ring serves both ways. Each side keeps a position and a wrap counter; a descriptor is available when its `AVAIL` bit
 //! equals the driver's wrap counter and its `USED` bit does not.
 
+mod left;
+
 use super::{QueueAddresses, RingFault};
 use crate::address::Iova;
+
+pub use left::{Left, left_at, mark};
 
 /// `VIRTQ_DESC_F_AVAIL`.
 pub const AVAIL: u16 = 1 << 7;

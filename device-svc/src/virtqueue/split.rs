@@ -146,6 +146,13 @@ impl SplitRing {
         runs(self.published_used, self.staged(), self.size)
     }
 
+    /// The slots of the elements from one used index to another.
+    #[inline]
+    #[must_use]
+    pub const fn used_runs(&self, from: u16, to: u16) -> [Run; 2] {
+        runs(from, to.wrapping_sub(from), self.size)
+    }
+
     /// What is staged counts as published now. Returns the used index before and after.
     #[inline]
     pub fn publish(&mut self) -> (u16, u16) {

@@ -16,6 +16,7 @@ use crate::dma::{CardMemory, DmaEngine, HostMemory, Ticket};
 use crate::link::{QueuePosition, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::CardLayout;
+use crate::virtqueue::Chain;
 
 /// How long the next command waits after one that changes channels: by system calls, on the reactor that other VMs' queues are on as well.
 /// A driver gives such commands when it starts, and when somebody has it change its queues.
@@ -26,6 +27,7 @@ const REST: Duration = Duration::from_millis(10);
 struct Fetched {
     id: u16,
     slots: u16,
+    entry: u16,
     bytes: u32,
     answer_at: Iova,
     ticket: Ticket,
@@ -106,7 +108,8 @@ impl<E: DmaEngine> ControlLane<E> {
             // The answer is the last byte (virtio 1.3, 5.1.6.5).
             let answer_at = Iova(answer.address.0.wrapping_add(u64::from(answer.length) - 1));
             let ticket = engine.queued();
-            *command = Some(Fetched { id: chain.id, slots: chain.slots, bytes, answer_at, ticket });
+            let Chain { id, slots, entry, .. } = chain;
+            *command = Some(Fetched { id, slots, entry, bytes, answer_at, ticket });
         });
         queue.mirror.engine().submit();
         let fetched = fetched?;
@@ -137,7 +140,7 @@ impl<E: DmaEngine> ControlLane<E> {
         let engine = self.queue.mirror.engine();
         engine.card().put(self.answer_place, answer as u8);
         engine.write(self.answer_place, fetched.answer_at, 1)?;
-        self.queue.mirror.stage_used(fetched.id, fetched.slots, 1);
+        self.queue.mirror.stage_used(fetched.id, fetched.slots, 1, fetched.entry);
         Ok(())
     }
 }

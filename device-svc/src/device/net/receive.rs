@@ -37,6 +37,8 @@ const BYTES_AHEAD: u32 = HEADER_BYTES + 64;
 struct Row {
     id: u16,
     slots: u16,
+    /// What the record of what is in flight calls it.
+    entry: u16,
     /// Bytes that it holds.
     writable: u32,
     /// Nearly all chains have one buffer.
@@ -151,6 +153,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
             let row = &mut rows[usize::from(*popped) & mask];
             row.id = chain.id;
             row.slots = chain.slots;
+            row.entry = chain.entry;
             row.writable = chain.writable_bytes;
             row.first = chain.segments[0];
             row.more.clear();
@@ -250,7 +253,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
         if chains == 1 && row.first.length as usize >= all {
             // SAFETY: the caller flushes before it returns the frames.
             unsafe { staging.put(queue.mirror.engine(), [header, bytes], row.first.address)? };
-            queue.mirror.stage_used(row.id, row.slots, all as u32);
+            queue.mirror.stage_used(row.id, row.slots, all as u32, row.entry);
             *filled = filled.wrapping_add(1);
             return Ok(());
         }
@@ -269,7 +272,7 @@ impl<E: DmaEngine> ReceiveLane<E> {
                     break;
                 }
             }
-            queue.mirror.stage_used(row.id, row.slots, written);
+            queue.mirror.stage_used(row.id, row.slots, written, row.entry);
             *filled = filled.wrapping_add(1);
         }
         Ok(())

@@ -47,6 +47,8 @@ const COPY_PAGES: u32 = 272;
 struct Row {
     id: u16,
     slots: u16,
+    /// What the record of what is in flight calls it.
+    entry: u16,
     /// Bytes of header and frame.
     bytes: u32,
     /// When its first bytes, or all, are here.
@@ -393,7 +395,7 @@ impl<E: DmaEngine> TransmitLane<E> {
         {
             pages.give_back(run);
         }
-        queue.mirror.stage_used(row.id, row.slots, 0);
+        queue.mirror.stage_used(row.id, row.slots, 0, row.entry);
     }
 }
 
@@ -419,6 +421,7 @@ fn take_chain<E: DmaEngine>(
 ) -> Result<(), QueueFault> {
     row.id = chain.id;
     row.slots = chain.slots;
+    row.entry = chain.entry;
     row.bytes = chain.readable_bytes;
     row.rest.clear();
     let mut filled = 0;

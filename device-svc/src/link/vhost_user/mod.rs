@@ -5,6 +5,7 @@
 //!        └► session.rs      one front end's conversation: messages in, answers out
 //!             ├► regions.rs the memory that it shares
 //!             ├► ring.rs    each ring's parameters, and when it runs
+//!             ├► resume.rs  where a packed ring goes on whose card died
 //!             ├► port.rs    doorbell and interrupt of a running ring
 //!             └► channel.rs what the card tells the front end
 //! ```
@@ -17,6 +18,7 @@ mod channel;
 mod client;
 mod port;
 mod regions;
+mod resume;
 mod ring;
 mod server;
 mod session;

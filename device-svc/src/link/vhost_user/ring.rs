@@ -36,6 +36,8 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// The function was told to run it.
     pub(super) running: bool,
+    /// It has run, so that its position is what we know, not what somebody says.
+    pub(super) ran: bool,
 }
 
 /// A base as SET_VRING_BASE and GET_VRING_BASE carry it: on a split ring the available index, on a packed ring available slot

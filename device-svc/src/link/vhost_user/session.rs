@@ -20,12 +20,12 @@ use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, V
 
 use super::channel::{Channel, NetMessage, Peeked};
 use super::regions::{Regions, SLOTS_MAX, Slot};
+use super::resume;
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
-use crate::address::{CardAddress, FrontEndAddress, Iova};
-use crate::dma::{CardMemory, CopyEngine, DmaEngine, HostMemory};
+use crate::address::{FrontEndAddress, Iova};
 use crate::inflight::{AreaError, AreaShape, RecordArea};
 use crate::link::event::Event;
-use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart};
+use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition};
 use crate::virtqueue::features;
 
 /// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
@@ -196,7 +196,8 @@ impl Session {
                 }
                 return Err(self.refuse_as(GUEST_FAULT, "a ring cannot start", &why));
             }
-            self.rings[usize::from(number)].running = true;
+            let ring = &mut self.rings[usize::from(number)];
+            (ring.running, ring.ran) = (true, true);
         }
         Ok(())
     }
@@ -206,8 +207,9 @@ impl Session {
         let record = self.inflight.as_ref().map(|area| area.queue(number, self.packed())).transpose();
         let record = record.map_err(|why| why.to_string())?;
         let mut start = self.rings[usize::from(number)].start(number, &self.regions, accepted, record)?;
-        if self.packed() && start.position == QueuePosition::default() && !was_used(&start, self.regions.memory()) {
-            start.position = QueuePosition::fresh(true);
+        if self.packed() && start.inflight.is_none() {
+            let in_order = self.function.network().is_some() && !self.rings[usize::from(number)].ran;
+            resume::correct(&mut start, in_order, self.regions.memory());
         }
         tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
@@ -309,10 +311,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Of a network function the front end has the configuration, and complains about one that is offered.
         let kind = match self.function.network() {
             Some(_) => VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU,
-            // Frames in flight may be lost; requests to a disk may not.
-            None => VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            None => VhostUserProtocolFeatures::CONFIG,
         };
         Ok(kind
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
@@ -518,27 +520,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
         Err(Error::InvalidMessage)
     }
-}
-
-/// Whether the first slot of a packed ring was ever used.
-///
-/// Some front ends (libblkio) give every fresh ring the base 0, packed ones too. Taken at its word that is the start of a second
-/// lap; but then the first slot was used in the lap before, and its used flag stays set until that slot's next use (virtio 1.3,
-/// 2.8.1). In a fresh ring it is clear, whether or not something is available there.
-fn was_used(start: &QueueStart, memory: &Arc<HostMemory>) -> bool {
-    const FLAGS_AT: u64 = 14;
-    const USED: u16 = 1 << 15;
-    let Ok(card) = CardMemory::new(4096) else { return true };
-    let mut engine = CopyEngine::new(card, Arc::clone(memory));
-    let flags_at = start.descriptors.checked_add(FLAGS_AT);
-    if flags_at.is_none_or(|at| engine.read(at, CardAddress(0), 2).is_err()) {
-        // Outside memory: refused when the queue starts.
-        return true;
-    }
-    engine.submit();
-    let mut flags = [0; 2];
-    engine.card().copy_out(CardAddress(0), &mut flags);
-    u16::from_le_bytes(flags) & USED != 0
 }
 
 fn slot_of(region: &VhostUserSingleMemoryRegion) -> Slot {

@@ -91,7 +91,7 @@ impl<E: DmaEngine> BlkLane<E> {
     #[inline(always)]
     fn stage_used(&mut self, number: u16) {
         let row = &self.rows[number];
-        self.queue.mirror.stage_recorded(row.id, row.slots, row.written, row.entry);
+        self.queue.mirror.stage_used(row.id, row.slots, row.written, row.entry);
         self.retiring.push_back(number);
     }
 

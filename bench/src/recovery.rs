@@ -1,0 +1,72 @@
+//! `bench recovery`: what it takes to lose nothing when the card's service dies.
+//!
+//! ```text
+//!   kill     from SIGKILL to the first request that completes
+//!   record   instructions of each request, with the record of what is in flight and without
+//!   lane     what they are counted of
+//! ```
+
+mod kill;
+mod lane;
+mod record;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::RecoveryArguments;
+use crate::machine::{Cpus, load_average, processor};
+use crate::report::{Report, Row};
+
+pub(crate) use lane::{Lane, run as run_lane};
+
+/// What can be measured by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// The time from SIGKILL to the first request that completes
+    Kill,
+    /// Instructions of each request, with the record and without; wants valgrind
+    Record,
+}
+
+/// All that the parts need.
+struct Run {
+    cpus: Cpus,
+    kills: usize,
+    folder: tempfile::TempDir,
+    rows: Vec<Row>,
+    start: Instant,
+}
+
+/// How a part is measured.
+type Measure = fn(&mut Run) -> Result<()>;
+
+impl Run {
+    fn say(&self, what: &str) {
+        eprintln!("bench: {:4.0} s  {what}", self.start.elapsed().as_secs_f64());
+    }
+}
+
+/// Measures the parts asked for.
+pub(crate) fn measure(arguments: &RecoveryArguments) -> Result<Report> {
+    let cpus = Cpus::find()?;
+    let kills = if arguments.quick { 10 } else { 50 };
+    let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
+    let mut run = Run { cpus, kills, folder, rows: Vec::new(), start: Instant::now() };
+    let parts: [(Part, Measure); 2] = [(Part::Kill, kill::measure), (Part::Record, record::measure)];
+    let before = load_average();
+    for (part, measure) in parts {
+        if arguments.only.is_empty() || arguments.only.contains(&part) {
+            cpus.on_load(|| measure(&mut run)).with_context(|| format!("{part:?}"))?;
+        }
+    }
+    let about = format!(
+        "{}, CPU {} serves, CPU {} loads; {kills} kills; {:.0} s; load average {before} before, {} after",
+        processor(),
+        cpus.server,
+        cpus.load,
+        run.start.elapsed().as_secs_f64(),
+        load_average()
+    );
+    Ok(Report { about, rows: run.rows })
+}
