@@ -74,6 +74,7 @@ fn settings() -> BlkSettings {
         read_only: false,
         serial: [b'0'; 20],
         io_timeout: Duration::from_secs(1),
+        reissue: true,
         limits: Vec::new(),
     }
 }

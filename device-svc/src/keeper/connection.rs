@@ -155,8 +155,8 @@ impl Connection {
             }
             if header.command == kept::STATE {
                 inner.state = Some(std::mem::take(&mut message.body));
-                if let Some(record) = message.fds.pop() {
-                    inner.settled.set_record(record);
+                if !message.fds.is_empty() {
+                    inner.settled.set_files(std::mem::take(&mut message.fds));
                 }
             }
             return None;

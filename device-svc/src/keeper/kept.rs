@@ -90,7 +90,8 @@ pub(super) struct Settled {
     /// The event of each interrupt, by kind and number.
     events: BTreeMap<(u32, u32), Arc<OwnedFd>>,
     state: Option<Vec<u8>>,
-    record: Option<Arc<OwnedFd>>,
+    /// What the function writes to without saying so: the record of requests in flight, what its driver commands.
+    files: Vec<Arc<OwnedFd>>,
 }
 
 impl Settled {
@@ -141,8 +142,8 @@ impl Settled {
         }
     }
 
-    pub(super) fn set_record(&mut self, record: OwnedFd) {
-        self.record = Some(Arc::new(record));
+    pub(super) fn set_files(&mut self, files: Vec<OwnedFd>) {
+        self.files = files.into_iter().map(Arc::new).collect();
     }
 
     /// All of it, for a service that knows nothing of it. `None`: the VMM has not said a thing yet.
@@ -160,7 +161,7 @@ impl Settled {
         }));
         // Last: queues start by it.
         if let Some(state) = &self.state {
-            said.push(Said::again(command::kept::RESTORE, state.clone(), self.record.iter().cloned().collect()));
+            said.push(Said::again(command::kept::RESTORE, state.clone(), self.files.clone()));
         }
         Some(said)
     }

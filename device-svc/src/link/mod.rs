@@ -8,6 +8,7 @@ mod listening;
 pub mod vfio_user;
 pub mod vhost_user;
 
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -99,6 +100,19 @@ pub trait HostEvents: Send + Sync {
 pub trait NetworkSide {
     /// Queue pairs.
     fn pairs(&self) -> u16;
+
+    /// A file for the driver's commands, in which there are none.
+    ///
+    /// # Errors
+    /// When the system has none for us.
+    fn make_kept(&self) -> std::io::Result<File>;
+
+    /// What the driver commands is kept in this file from now on, until the function is detached; `None`: nowhere. What is in there
+    /// already, of a driver that accepted these features, holds again.
+    ///
+    /// # Errors
+    /// When it is not of this function.
+    fn keep_commands(&self, file: Option<File>, accepted: u64) -> Result<(), Refusal>;
 
     /// The driver was told this MTU, bytes (`VHOST_USER_NET_SET_MTU`).
     ///

@@ -1,5 +1,6 @@
 //! What is of its own about a virtio-net function: its uplink's carrier, its settings that change, and what vhost-user says to it.
 
+use std::fs::File;
 use std::sync::{Arc, Weak};
 
 use super::{CardFunction, FunctionPlace, Kind, Placement};
@@ -11,7 +12,7 @@ use crate::config::{
 use crate::control::seam::SetError;
 use crate::device::Outlet;
 use crate::device::limit::{Limit, Rates};
-use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared, Steering};
+use crate::device::net::{AntiSpoofing, NetDevice, NetSettings, NetShared, Steering, create_kept};
 use crate::link::{NetworkSide, Refusal};
 use crate::reactor::ReactorHandle;
 use crate::uplink::Uplink;
@@ -146,6 +147,14 @@ impl CardFunction {
 impl NetworkSide for NetShared {
     fn pairs(&self) -> u16 {
         self.pairs()
+    }
+
+    fn make_kept(&self) -> std::io::Result<File> {
+        create_kept()
+    }
+
+    fn keep_commands(&self, file: Option<File>, accepted: u64) -> Result<(), Refusal> {
+        self.keep_commands(file, accepted).map_err(Refusal::Invalid)
     }
 
     fn use_mtu(&self, mtu: u64) -> Result<(), Refusal> {

@@ -128,7 +128,7 @@ impl<E: DmaEngine> ControlLane<E> {
             if command.changes_channels() {
                 self.resting_until = Some(now.after(REST));
             }
-            command.carry_out(&self.shared)
+            command.carry_out(&self.shared).inspect(|()| self.shared.keep_command(&self.bytes))
         }) {
             Ok(()) => spec::VIRTIO_NET_OK,
             Err(bad) => {

@@ -15,13 +15,15 @@ mod command;
 mod control;
 mod filter;
 mod hashing;
+mod kept;
 mod receive;
 mod staging;
 mod steering;
 mod transmit;
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use virtio_bindings::virtio_net as spec;
 use zerocopy::{Immutable, IntoBytes};
@@ -37,11 +39,15 @@ use crate::metrics::NetCounters;
 use crate::mirror::Reach;
 use crate::virtqueue::features;
 
+use command::Command;
+use kept::KeptCommands;
+
 pub use anti_spoofing::AntiSpoofing;
 pub use chosen::Chosen;
 pub use control::ControlLane;
 pub use filter::{Filter, Octets};
 pub use hashing::Hashing;
+pub use kept::create as create_kept;
 pub use receive::ReceiveLane;
 pub use steering::Steering;
 pub use transmit::TransmitLane;
@@ -102,6 +108,8 @@ pub struct NetShared {
     announce: AtomicBool,
     /// The address that the card shall announce in the driver's place, if any: 0 is none.
     announced_by_card: AtomicU64,
+    /// The driver's commands, where somebody keeps them for a service after this one.
+    kept: Mutex<Option<KeptCommands>>,
 }
 
 /// What wakes the reactors that lanes are on.
@@ -244,6 +252,7 @@ impl NetShared {
             wake: OnceLock::new(),
             announce: AtomicBool::new(false),
             announced_by_card: AtomicU64::new(0),
+            kept: Mutex::default(),
             settings,
             uplink,
         }
@@ -478,8 +487,41 @@ impl NetShared {
         space.as_bytes().to_vec()
     }
 
+    fn kept(&self) -> MutexGuard<'_, Option<KeptCommands>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the driver's commands kept in `file`, or not; carries out those that are there, for a driver that accepted these features.
+    ///
+    /// # Errors
+    /// When it is no such file, or the commands are not this function's.
+    pub fn keep_commands(&self, file: Option<File>, accepted: u64) -> Result<(), String> {
+        let kept = file.map(KeptCommands::open).transpose().map_err(|error| error.to_string())?;
+        for command in kept.iter().flat_map(KeptCommands::commands) {
+            let parsed = Command::parse(command, accepted, self.settings.pairs);
+            let done = parsed.and_then(|command| command.carry_out(self));
+            done.map_err(|bad| format!("what the driver chose: {bad}"))?;
+        }
+        *self.kept() = kept;
+        Ok(())
+    }
+
+    /// A command was carried out: it is kept before the driver hears of it.
+    fn keep_command(&self, command: &[u8]) {
+        if let Some(kept) = &mut *self.kept()
+            && let Err(error) = kept.add(command)
+        {
+            tracing::warn!(%error, "what the driver chose cannot be kept; after the service's death it would be as before");
+        }
+    }
+
     /// Device reset.
     pub fn reset(&self) {
+        if let Some(kept) = &mut *self.kept()
+            && let Err(error) = kept.clear()
+        {
+            tracing::warn!(%error, "what the driver chose cannot be taken back where it is kept");
+        }
         self.announced();
         let NetSettings { control, pairs, .. } = self.settings;
         *self.chosen.lock().unwrap_or_else(PoisonError::into_inner) =

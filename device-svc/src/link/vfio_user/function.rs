@@ -179,16 +179,21 @@ impl ShownFunction {
         }
     }
 
-    /// Has requests in flight recorded in memory that outlives the service. Returns that memory if it is new.
-    pub(super) fn make_record(&mut self) -> std::io::Result<Option<File>> {
-        // Network functions keep none: what was in flight of theirs, a network may lose.
-        if self.record.is_some() || self.function.network().is_some() {
-            return Ok(None);
+    /// Has requests in flight, and what a network's driver commands, recorded in files that outlive the service. Returns them if they are
+    /// new.
+    pub(super) fn make_files(&mut self) -> std::io::Result<Vec<File>> {
+        if self.record.is_some() {
+            return Ok(Vec::new());
         }
         let shape = self.record_shape();
-        let file = shape.create()?;
-        self.record = Some(RecordArea::open(&file, 0, shape.bytes(), shape).map_err(std::io::Error::other)?);
-        Ok(Some(file))
+        let mut files = vec![shape.create()?];
+        self.record = Some(RecordArea::open(&files[0], 0, shape.bytes(), shape).map_err(std::io::Error::other)?);
+        if let Some(network) = self.function.network() {
+            let commands = network.make_kept()?;
+            network.keep_commands(Some(commands.try_clone()?), 0).map_err(std::io::Error::other)?;
+            files.push(commands);
+        }
+        Ok(files)
     }
 
     /// A packed ring's record is the larger one, and what the driver will choose is not known before.
@@ -198,12 +203,19 @@ impl ShownFunction {
 
     /// Makes the function what it was when it was saved. Its queues run again when their memory is there:
     /// [`come_back`](Self::come_back) must come next.
-    pub(super) fn restore(&mut self, saved: &SavedFunction, record: Option<File>) -> Result<(), String> {
-        if let Some(file) = record {
-            let shape = self.record_shape();
-            self.record = Some(RecordArea::open(&file, 0, shape.bytes(), shape).map_err(|error| error.to_string())?);
-        }
+    pub(super) fn restore(
+        &mut self,
+        saved: &SavedFunction,
+        mut files: impl Iterator<Item = File>,
+    ) -> Result<(), String> {
+        let record = files.next().ok_or("the record of requests in flight is missing")?;
+        let shape = self.record_shape();
+        self.record = Some(RecordArea::open(&record, 0, shape.bytes(), shape).map_err(|error| error.to_string())?);
         self.shown.lock().restore(&saved.registers).map_err(|error| error.to_string())?;
+        if let Some(network) = self.function.network() {
+            let accepted = self.shown.lock().virtio.accepted();
+            network.keep_commands(files.next(), accepted).map_err(|error| error.to_string())?;
+        }
         self.shown.generation.store(saved.generation, Ordering::SeqCst);
         for (offset, data) in &saved.config_writes {
             self.function.write_config(*offset, &data.0).map_err(|error| error.to_string())?;
@@ -383,6 +395,10 @@ impl ShownFunction {
 
     /// The VMM is gone.
     pub(super) fn detach(&self) {
+        if let Some(network) = self.function.network() {
+            // Where a service after this one goes on, what the driver chose holds. Without a file nothing can be wrong with it.
+            let _ = network.keep_commands(None, 0);
+        }
         self.function.detach();
     }
 }

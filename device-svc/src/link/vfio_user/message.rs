@@ -44,12 +44,12 @@ pub mod command {
 
     /// What a service and its keeper say to each other beside a VMM's messages, with `FLAG_KEEPER`.
     pub mod kept {
-        /// From the service: the function's state, which holds from the next reply on; a descriptor that comes with it is the record of
-        /// requests in flight.
+        /// From the service: the function's state, which holds from the next reply on; descriptors that come with it are of files that
+        /// the function writes to without saying so: the record of requests in flight, and what a network's driver commands.
         pub const STATE: u16 = 1;
         /// From the service, as a reply: a command that wants no reply was carried out.
         pub const DONE: u16 = 2;
-        /// From the keeper, when it has said all again that was settled: the last state, and the record.
+        /// From the keeper, when it has said all again that was settled: the last state, and the files.
         pub const RESTORE: u16 = 3;
     }
 }

@@ -220,7 +220,7 @@ impl Session {
             return Ok(());
         }
         let kept = |error: &dyn std::fmt::Display| FramingError::Kept(error.to_string());
-        let fresh = self.function.make_record().map_err(|error| kept(&error))?;
+        let fresh = self.function.make_files().map_err(|error| kept(&error))?;
         let state = serde_json::to_vec(&self.function.save()).map_err(|error| kept(&error))?;
         let fds: Vec<BorrowedFd<'_>> = fresh.iter().map(AsFd::as_fd).collect();
         self.wire.keep_state(&state, &fds)
@@ -230,8 +230,8 @@ impl Session {
     fn restore(&mut self, state: &[u8], fds: Vec<OwnedFd>) -> Result<(), FramingError> {
         let kept = |error: &dyn std::fmt::Display| FramingError::Kept(error.to_string());
         let saved = serde_json::from_slice(state).map_err(|error| kept(&error))?;
-        let record = fds.into_iter().next().map(File::from);
-        self.function.restore(&saved, record).map_err(|why| kept(&why))?;
+        let files = fds.into_iter().map(File::from);
+        self.function.restore(&saved, files).map_err(|why| kept(&why))?;
         self.come_back();
         tracing::info!(function = %self.name, "the function goes on where a service before has left it");
         Ok(())
