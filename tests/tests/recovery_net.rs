@@ -102,7 +102,7 @@ impl Sender {
             frame[6..12].copy_from_slice(&MAC);
             frame[12..14].copy_from_slice(&[0x88, 0xb5]);
             frame[14..22].copy_from_slice(&self.sent.to_be_bytes());
-            let cuts: &[u32] = if self.sent % 2 == 0 { &[] } else { &[100] };
+            let cuts: &[u32] = if self.sent.is_multiple_of(2) { &[] } else { &[100] };
             if !self.transmit.send(FrameHeader::default(), &frame, cuts) {
                 break;
             }
