@@ -331,7 +331,7 @@ fn sigint_ends_a_card_too_and_systemd_is_told() {
     let path = folder.path().join("notify.sock");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let served = Served::start(&["--no-keeper"], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
+    let served = Served::start(&[], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
     let mut state = [0; 64];
     let length = manager.recv(&mut state).unwrap();
     assert_eq!(&state[..length], b"READY=1");
