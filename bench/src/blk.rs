@@ -186,7 +186,7 @@ impl Run {
     }
 
     fn dray_over(&self, link: Link, name: &str, backend: String) -> Result<Server> {
-        let options = DrayOptions { link, poll: "always", payload: "in-place", backends: vec![backend] };
+        let options = DrayOptions { link, poll: "always", payload: "in-place", backends: vec![backend], keeper: false };
         dray(self.cpus, self.folder.path(), name, &options)
     }
 

@@ -54,7 +54,7 @@ pub(crate) fn measure(arguments: &DmaMapArguments) -> Result<Report> {
 
     let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
     let backends = vec!["{ type = \"null\", size = \"1G\" }".to_owned()];
-    let options = DrayOptions { link: Link::VfioUser, poll: "adaptive", payload: "in-place", backends };
+    let options = DrayOptions { link: Link::VfioUser, poll: "adaptive", payload: "in-place", backends, keeper: false };
     let server = dray(cpus, folder.path(), "maps", &options)?;
     let (socket, memory) = (server.socket(0), Arc::new(memory));
     let maps = self::maps(alternations.min(5), || server.awake(|| over_socket(&socket, &memory)))?;

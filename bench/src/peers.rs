@@ -54,7 +54,21 @@ impl Server {
     pub(crate) fn kill_and_start(&mut self, cpus: Cpus) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
-        self.child = spawn(cpus, &self.folder, &[])?;
+        self.child = spawn(cpus, &self.folder, false, &[])?;
+        Ok(())
+    }
+
+    /// Kills the process that serves for Dray's keeper. When this returns it is dead.
+    pub(crate) fn kill_service(&self) -> Result<()> {
+        let keeper = self.id();
+        let children = std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"))?;
+        let service = children.split_whitespace().last().context("the keeper has no service")?;
+        kill(Pid::from_raw(service.parse()?), Signal::SIGKILL)?;
+        // Until it has ended it is neither gone nor a zombie, which waits for the keeper.
+        let lives = |stat: String| stat.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with('Z'));
+        while std::fs::read_to_string(format!("/proc/{service}/stat")).is_ok_and(lives) {
+            std::hint::spin_loop();
+        }
         Ok(())
     }
 
@@ -124,6 +138,8 @@ pub(crate) struct DrayOptions<'a> {
     pub(crate) payload: &'a str,
     /// A backend for each function, as the configuration writes it.
     pub(crate) backends: Vec<String>,
+    /// Whether there is a keeper, which starts the service again.
+    pub(crate) keeper: bool,
 }
 
 /// Starts Dray's service in a folder of its own below `parent`.
@@ -145,7 +161,7 @@ pub(crate) fn dray(cpus: Cpus, parent: &Path, name: &str, options: &DrayOptions<
             options.payload
         ));
     }
-    serve(cpus, folder, &text, &[])
+    serve(cpus, folder, &text, options.keeper, &[])
 }
 
 /// What Dray is started with for a network function.
@@ -173,14 +189,14 @@ pub(crate) fn dray_net(cpus: Cpus, parent: &Path, options: &NetOptions<'_>) -> R
         options.link.keys(options.poll),
         folder.join("f0.sock").display()
     );
-    serve(cpus, folder, &text, options.under)
+    serve(cpus, folder, &text, false, options.under)
 }
 
 /// Starts Dray's service on a configuration, under another program if one is named; it is stopped when it serves.
-fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Server> {
+fn serve(cpus: Cpus, folder: PathBuf, text: &str, keeper: bool, under: &[&str]) -> Result<Server> {
     let configuration = folder.join("card.toml");
     std::fs::write(&configuration, text)?;
-    let mut child = spawn(cpus, &folder, under)?;
+    let mut child = spawn(cpus, &folder, keeper, under)?;
     let output = child.stdout.take().context("its output is piped")?;
     let server = Server { child, folder };
     let mut line = String::new();
@@ -191,7 +207,7 @@ fn serve(cpus: Cpus, folder: PathBuf, text: &str, under: &[&str]) -> Result<Serv
 }
 
 /// Starts Dray's service on the configuration in a folder.
-fn spawn(cpus: Cpus, folder: &Path, under: &[&str]) -> Result<Child> {
+fn spawn(cpus: Cpus, folder: &Path, keeper: bool, under: &[&str]) -> Result<Child> {
     let service = device_svc()?;
     let mut command = match under {
         [] => Command::new(service),
@@ -201,7 +217,10 @@ fn spawn(cpus: Cpus, folder: &Path, under: &[&str]) -> Result<Child> {
             command
         }
     };
-    command.args(["serve", "--no-keeper", "--no-state", "--config"]).arg(folder.join("card.toml"));
+    command.args(["serve", "--no-state", "--config"]).arg(folder.join("card.toml"));
+    if !keeper {
+        command.arg("--no-keeper");
+    }
     command.env("RUST_LOG", "error").stdout(Stdio::piped());
     cpus.on_server(|| command.spawn()).context("start device-svc")
 }

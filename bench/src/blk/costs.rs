@@ -30,7 +30,8 @@ fn alone(name: String, values: Values, unit: Unit, most: f64) -> Row {
 
 /// DMA transactions of each 4 KiB read where payload goes through card memory.
 pub(super) fn dma(run: &mut Run) -> Result<()> {
-    let options = DrayOptions { link: run.link, poll: "always", payload: "copy", backends: vec![NULL.to_owned()] };
+    let options =
+        DrayOptions { link: run.link, poll: "always", payload: "copy", backends: vec![NULL.to_owned()], keeper: false };
     let server = dray(run.cpus, run.folder.path(), "dma", &options)?;
     for (indirect, word, most) in [(false, "direct", DIRECT_TRANSACTIONS), (true, "indirect", INDIRECT_TRANSACTIONS)] {
         run.say(&format!("DMA transactions of a read, depth 32, {word} chains"));
@@ -52,7 +53,13 @@ pub(super) fn dma(run: &mut Run) -> Result<()> {
 
 /// A card with `count` functions, each attached, each used a little.
 fn attached(run: &Run, name: &str, poll: &str, count: usize) -> Result<(Server, Vec<Client>)> {
-    let options = DrayOptions { link: run.link, poll, payload: "in-place", backends: vec![NULL.to_owned(); count] };
+    let options = DrayOptions {
+        link: run.link,
+        poll,
+        payload: "in-place",
+        backends: vec![NULL.to_owned(); count],
+        keeper: false,
+    };
     let server = dray(run.cpus, run.folder.path(), name, &options)?;
     server.wake();
     let through = run.link.through();
@@ -99,8 +106,13 @@ pub(super) fn idle(run: &mut Run) -> Result<()> {
 /// Depth 1 while a neighbour on the same reactor is flooded, beside depth 1 alone.
 pub(super) fn neighbour(run: &mut Run) -> Result<()> {
     run.say("p99 at depth 1 beside a neighbour that is flooded");
-    let options =
-        DrayOptions { link: run.link, poll: "always", payload: "in-place", backends: vec![NULL.to_owned(); 2] };
+    let options = DrayOptions {
+        link: run.link,
+        poll: "always",
+        payload: "in-place",
+        backends: vec![NULL.to_owned(); 2],
+        keeper: false,
+    };
     let server = dray(run.cpus, run.folder.path(), "neighbour", &options)?;
     let through = run.link.through();
     let (quiet, noisy, duration) = (server.socket(0), server.socket(1), run.pace.duration);

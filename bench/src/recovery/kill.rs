@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use device_svc::driver::block::BlockQueue;
+use device_svc::driver::vfio_user::{Sharing, VfioUserDevice};
 use device_svc::driver::vhost_user::{FrontEnd, InflightRecord};
 use device_svc::driver::{GuestMemory, QueueEvents, QueueOptions};
 use device_svc::virtqueue::features;
@@ -31,21 +32,24 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const WORST_MS: f64 = 100.0;
 
 /// How a driver comes through the death of its service: what waits for it, ms, each time that it is killed.
-type Survive = fn(&Run, &mut Server) -> Result<Vec<f64>>;
+type Survive = fn(&Run, &mut Server, &mut Driver) -> Result<()>;
 
-/// Ways to come through, each with the link that its function has.
-const WAYS: [(&str, Link, Survive); 1] = [("vhost-user, the driver connects again", Link::VhostUser, reconnecting)];
+/// Ways to come through, each with the link that its function has, and whether there is a keeper.
+const WAYS: [(&str, Link, bool, Survive); 2] = [
+    ("vhost-user, the driver connects again", Link::VhostUser, false, reconnecting),
+    ("vfio-user, the keeper has the connection", Link::VfioUser, true, kept),
+];
 
 /// Measures all ways.
 pub(super) fn measure(run: &mut Run) -> Result<()> {
-    for (number, (name, link, survive)) in WAYS.into_iter().enumerate() {
+    for (number, (name, link, keeper, survive)) in WAYS.into_iter().enumerate() {
         run.say(&format!("SIGKILL to the first completion, {name}"));
         let disk = run.folder.path().join(format!("disk{number}"));
         let backend = format!("{{ type = \"file\", path = \"{}\", create = \"64M\" }}", disk.display());
-        let options = DrayOptions { link, poll: "adaptive", payload: "in-place", backends: vec![backend] };
+        let options = DrayOptions { link, poll: "adaptive", payload: "in-place", backends: vec![backend], keeper };
         let mut server = dray(run.cpus, run.folder.path(), &format!("kill{number}"), &options)?;
         server.wake();
-        let waits = Values(survive(run, &mut server)?);
+        let waits = Values(waits(run, &mut server, link, survive)?);
         let worst = Values(vec![waits.most()]);
         let row = |what: &str, values, goal| Row {
             name: format!("SIGKILL to the first completion, {name}{what}"),
@@ -63,30 +67,54 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
 /// A driver whose memory, rings and record outlive its connections.
 struct Driver {
     memory: Arc<GuestMemory>,
-    front_end: FrontEnd,
-    record: InflightRecord,
+    reached: Reached,
     queue: BlockQueue,
     events: QueueEvents,
     seed: u64,
 }
 
+/// How it reaches the service.
+enum Reached {
+    VhostUser(Box<FrontEnd>, InflightRecord),
+    /// Held, not used any more: the connection goes on by itself.
+    VfioUser {
+        _device: Box<VfioUserDevice>,
+    },
+}
+
 impl Driver {
-    fn connect(socket: &Path) -> Result<Self> {
+    fn connect(socket: &Path, link: Link) -> Result<Self> {
         let memory = Arc::new(GuestMemory::new(0, 4 << 20)?);
-        let mut front_end = FrontEnd::connect(socket, features::EVENT_INDEX, Arc::clone(&memory))?;
-        let record = front_end.make_record(1, QUEUE_SIZE)?;
-        front_end.hand_over_record(&record)?;
-        let options = QueueOptions { size: QUEUE_SIZE, features: front_end.accepted(), indirect: false };
-        let mut queue = BlockQueue::new(&memory, options, DEPTH, REQUEST_BYTES);
-        let events = front_end.start_queue(0, QUEUE_SIZE, queue.queue())?;
-        Ok(Self { memory, front_end, record, queue, events, seed: 1 })
+        let again = Arc::clone(&memory);
+        let block_queue = |features| {
+            let options = QueueOptions { size: QUEUE_SIZE, features, indirect: false };
+            BlockQueue::new(&memory, options, DEPTH, REQUEST_BYTES)
+        };
+        let (reached, queue, events) = match link {
+            Link::VhostUser => {
+                let mut front_end = FrontEnd::connect(socket, features::EVENT_INDEX, again)?;
+                let record = front_end.make_record(1, QUEUE_SIZE)?;
+                front_end.hand_over_record(&record)?;
+                let mut queue = block_queue(front_end.accepted());
+                let events = front_end.start_queue(0, QUEUE_SIZE, queue.queue())?;
+                (Reached::VhostUser(Box::new(front_end), record), queue, events)
+            }
+            Link::VfioUser => {
+                let mut device = VfioUserDevice::connect(socket, features::EVENT_INDEX, again, Sharing::Whole)?;
+                let mut queue = block_queue(device.accepted());
+                let events = device.start_queue(0, QUEUE_SIZE, queue.queue())?;
+                (Reached::VfioUser { _device: Box::new(device) }, queue, events)
+            }
+        };
+        Ok(Self { memory, reached, queue, events, seed: 1 })
     }
 
     /// Comes again, as soon as somebody listens.
     fn reconnect(&mut self, socket: &Path) -> Result<()> {
+        let Reached::VhostUser(front_end, record) = &mut self.reached else { return Ok(()) };
         let start = Instant::now();
-        let wanted = self.front_end.accepted();
-        self.front_end = loop {
+        let wanted = front_end.accepted();
+        **front_end = loop {
             match FrontEnd::connect(socket, wanted, Arc::clone(&self.memory)) {
                 Ok(front_end) => break front_end,
                 Err(error) if start.elapsed() > PATIENCE => {
@@ -95,8 +123,8 @@ impl Driver {
                 Err(_) => std::thread::sleep(Duration::from_micros(200)),
             }
         };
-        self.front_end.hand_over_record(&self.record)?;
-        self.events = self.front_end.start_queue(0, QUEUE_SIZE, self.queue.queue())?;
+        front_end.hand_over_record(record)?;
+        self.events = front_end.start_queue(0, QUEUE_SIZE, self.queue.queue())?;
         Ok(())
     }
 
@@ -132,9 +160,23 @@ impl Driver {
 }
 
 /// The service is started again at once, and the driver connects again and hands its record back.
-fn reconnecting(run: &Run, server: &mut Server) -> Result<Vec<f64>> {
-    let socket = server.socket(0);
-    let mut driver = Driver::connect(&socket)?;
+fn reconnecting(run: &Run, server: &mut Server, driver: &mut Driver) -> Result<()> {
+    server.kill_and_start(run.cpus)?;
+    while driver.replace_ended()? > 0 {}
+    driver.reconnect(&server.socket(0))
+}
+
+/// The keeper starts the service again, and the driver notices nothing but a pause.
+fn kept(_run: &Run, server: &mut Server, driver: &mut Driver) -> Result<()> {
+    server.kill_service()?;
+    // What the dead one had completed: nothing of the next one can come as soon as this.
+    while driver.replace_ended()? > 0 {}
+    Ok(())
+}
+
+/// Kills the service again and again, under load. Returns what the driver waits for its next completion each time, ms.
+fn waits(run: &Run, server: &mut Server, link: Link, survive: Survive) -> Result<Vec<f64>> {
+    let mut driver = Driver::connect(&server.socket(0), link)?;
     for row in 0..DEPTH {
         driver.read(row);
     }
@@ -147,9 +189,7 @@ fn reconnecting(run: &Run, server: &mut Server) -> Result<Vec<f64>> {
         }
         ensure!(replaced > 0, "nothing completes before the kill");
         let start = Instant::now();
-        server.kill_and_start(run.cpus)?;
-        while driver.replace_ended()? > 0 {}
-        driver.reconnect(&socket)?;
+        survive(run, server, &mut driver)?;
         while driver.replace_ended()? == 0 {
             ensure!(start.elapsed() < PATIENCE, "nothing completes after the kill");
             std::hint::spin_loop();

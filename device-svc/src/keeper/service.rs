@@ -16,7 +16,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 
 /// Deaths of services that had served which are answered at once, within [`REMEMBERED`]; those after them get a pause.
-const AT_ONCE: usize = 10;
+const AT_ONCE: usize = 64;
 const REMEMBERED: Duration = Duration::from_secs(30);
 /// The pause before a service that has served is started again, when that happens often.
 const PAUSE: Duration = Duration::from_millis(100);
