@@ -37,11 +37,17 @@ pub(crate) fn serve(serve: &Serve) -> Result<ExitCode> {
 }
 
 /// The service's end of what leads to its keeper, which started it with that as standard input.
-fn tether() -> Result<Arc<Tether>> {
+fn tether(strict: bool) -> Result<Arc<Tether>> {
     // Without a keeper there is nobody who would start another; ended by this, the service ends in good order.
     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).context("follow the keeper")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("reach the keeper")?;
-    Ok(Arc::new(Tether::new(socket)))
+    // A thread that panics leaves queues behind that nobody turns: another process has them in a moment.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+    Ok(Arc::new(Tether::new(socket, strict)))
 }
 
 /// Serves until told to stop.
@@ -59,7 +65,7 @@ fn serve_card(serve: &Serve) -> Result<()> {
         config.control.listen = parse_address(serve.control.as_deref())?;
         config.control.shim = config.control.listen.shim_beside();
     }
-    let tether = serve.kept.then(tether).transpose()?;
+    let tether = serve.kept.then(|| tether(serve.stand_by)).transpose()?;
     if let Some(tether) = tether.as_ref().filter(|_| serve.stand_by) {
         tether.stand_by()?;
     }
@@ -83,19 +89,25 @@ fn serve_card(serve: &Serve) -> Result<()> {
         }
         let (metrics, inventory) = (card.metrics_address(), Arc::clone(card.inventory()));
         let control = config.control.listen.clone();
+        let mut refused = None;
         card.serve(config, stopping, || {
+            if let Some(tether) = &tether
+                && let Err(error) = tether.ready(inventory.failed_functions().into_iter())
+            {
+                refused = Some(error);
+                stop.send_replace(true);
+                return;
+            }
             let ready = ready_line(&control, metrics, &inventory);
             tracing::info!("{ready}");
             // Whoever started us may have closed its end; the card serves all the same.
             let _ = print(&format!("ready: {ready}\n"));
-            match &tether {
-                None => notify_systemd("READY=1"),
-                // It has gone only if we are about to be told to stop.
-                Some(tether) => drop(tether.ready()),
+            if tether.is_none() {
+                notify_systemd("READY=1");
             }
         })
         .await?;
-        Ok(())
+        refused.map_or(Ok(()), |error| Err(error).context("the card cannot be taken over"))
     });
     if tether.is_none() {
         notify_systemd("STOPPING=1");

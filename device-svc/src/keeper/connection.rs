@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -31,8 +32,17 @@ use crate::link::vfio_user::message::{BODY_BYTES_MAX, command::kept};
 /// Commands that wait for their answer at most, and bytes of them: beyond that a VMM is not heard.
 const AWAITED_MAX: usize = 64;
 const AWAITED_BYTES_MAX: usize = 4 << 20;
+/// Services that may die over one command before it is not given to another: it must be what kills them, and all other VMs wait.
+const DEATHS_MAX: u32 = 5;
 /// Threads here do little, and there are two for each function.
 const STACK_BYTES: usize = 128 << 10;
+
+/// A service that takes a connection up.
+#[derive(Debug)]
+struct Fresh {
+    stream: UnixStream,
+    has_claimed: bool,
+}
 
 /// What both threads share.
 #[derive(Debug, Default)]
@@ -42,8 +52,8 @@ struct Inner {
     questions: Questions,
     /// What the function becomes with the next reply.
     state: Option<Vec<u8>>,
-    /// A service that has claimed the connection and was told nothing yet.
-    fresh: Option<UnixStream>,
+    /// A service that was told nothing yet; one that has claimed the connection must hear of all that was before it.
+    fresh: Option<Fresh>,
     /// The service that is there, to hang up on it.
     service: Option<UnixStream>,
     ended: bool,
@@ -76,7 +86,8 @@ impl Connection {
     /// When the system has no thread or descriptor for it.
     pub(super) fn start(function: String, vmm: UnixStream, service: UnixStream) -> io::Result<Arc<Self>> {
         let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let inner = Mutex::new(Inner { fresh: Some(service), ..Inner::default() });
+        let inner =
+            Mutex::new(Inner { fresh: Some(Fresh { stream: service, has_claimed: false }), ..Inner::default() });
         let mut from_vmm = framing(&vmm)?;
         let connection = Arc::new(Self { function, vmm, wake, inner, changed: Condvar::new() });
         let own = Arc::clone(&connection);
@@ -86,7 +97,7 @@ impl Connection {
             if let FramingError::Closed | FramingError::Truncated = end {
                 tracing::debug!(function = own.function, "a VMM is gone");
             } else {
-                tracing::warn!(function = own.function, error = %end, "a VMM broke the protocol; its connection ends");
+                tracing::warn!(function = own.function, error = %end, "a VMM's connection ends");
             }
             own.end();
         })?;
@@ -108,7 +119,14 @@ impl Connection {
 
     /// A service takes it up: it has the other end of the stream.
     pub(super) fn offer(&self, service: UnixStream) {
-        self.lock().fresh = Some(service);
+        let mut inner = self.lock();
+        if inner.ended {
+            // The VMM hung up just now.
+            let _ = service.shutdown(Shutdown::Both);
+            return;
+        }
+        inner.fresh = Some(Fresh { stream: service, has_claimed: true });
+        drop(inner);
         self.changed.notify_all();
         // A full counter wakes just as well.
         let _ = self.wake.write(1);
@@ -118,7 +136,8 @@ impl Connection {
     pub(super) fn end(&self) {
         let mut inner = self.lock();
         inner.ended = true;
-        for service in [inner.service.take(), inner.fresh.take()].into_iter().flatten() {
+        let fresh = inner.fresh.take().map(|fresh| fresh.stream);
+        for service in [inner.service.take(), fresh].into_iter().flatten() {
             let _ = service.shutdown(Shutdown::Both);
         }
         drop(inner);
@@ -162,7 +181,7 @@ impl Connection {
             return None;
         }
         // Answers come in the order of commands.
-        let Awaited { said } = inner.awaited.pop_front()?;
+        let Awaited { said, .. } = inner.awaited.pop_front()?;
         self.changed.notify_all();
         if said.header.flags & FLAG_KEEPER != 0 {
             return None;
@@ -193,7 +212,11 @@ impl Inward<'_> {
                 return error;
             }
             match vmm.try_receive(&mut message) {
-                Ok(true) => self.pass_on(&mut message),
+                Ok(true) => {
+                    if let Err(error) = self.pass_on(&mut message) {
+                        return error;
+                    }
+                }
                 Ok(false) => self.wait(),
                 Err(error) => return error,
             }
@@ -229,8 +252,8 @@ impl Inward<'_> {
     }
 
     /// From now on this is the service.
-    fn follow(&mut self, service: UnixStream) -> Result<(), FramingError> {
-        let system = |_| FramingError::Closed;
+    fn follow(&mut self, Fresh { stream: service, has_claimed }: Fresh) -> Result<(), FramingError> {
+        let system = |error: io::Error| FramingError::System(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
         // All that the one before has answered counts; it is dead, so this ends.
         self.to_service = None;
         if let Some(outward) = self.outward.take() {
@@ -243,10 +266,19 @@ impl Inward<'_> {
         inner.service = Some(service);
         // What it was told before it died, the one before never told us the end of.
         inner.awaited.retain(|awaited| awaited.said.header.flags & FLAG_KEEPER == 0);
+        if has_claimed && let Some(first) = inner.awaited.front_mut() {
+            first.deaths += 1;
+            if first.deaths > DEATHS_MAX {
+                return Err(FramingError::Kept(format!(
+                    "{DEATHS_MAX} services died over command {}",
+                    first.said.header.command
+                )));
+            }
+        }
         let unanswered = inner.awaited.iter().map(|awaited| awaited.said.clone()).collect::<Vec<_>>();
-        let mut said = inner.settled.say_again().unwrap_or_default();
+        let mut said = if has_claimed { inner.settled.say_again() } else { Vec::new() };
         for again in said.iter().rev() {
-            inner.awaited.push_front(Awaited { said: again.clone() });
+            inner.awaited.push_front(Awaited::new(again.clone()));
         }
         drop(inner);
         said.extend(unanswered);
@@ -255,32 +287,36 @@ impl Inward<'_> {
             spawn("out", &self.connection.function, move || connection.outward(&mut from_service, &to_vmm))
                 .map_err(system)?,
         );
-        for again in &said {
-            self.tell(again);
-        }
-        Ok(())
+        said.iter().try_for_each(|again| self.tell(again))
     }
 
-    fn pass_on(&mut self, message: &mut Message) {
+    fn pass_on(&mut self, message: &mut Message) -> Result<(), FramingError> {
         let is_command = message.header.flags & FLAG_TYPE == TYPE_COMMAND;
-        let mut said = Said::by_vmm(message, &mut self.files);
+        let Some(mut said) = Said::by_vmm(message, &mut self.files) else {
+            return Err(FramingError::Kept("the VMM has more files than are kept for it".to_owned()));
+        };
         let mut inner = self.connection.lock();
         if is_command {
-            inner.awaited.push_back(Awaited { said: said.clone() });
+            inner.awaited.push_back(Awaited::new(said.clone()));
         } else {
-            let Some(id) = inner.questions.answered(said.header.id) else { return };
+            let Some(id) = inner.questions.answered(said.header.id) else { return Ok(()) };
             said.header.id = id;
         }
         drop(inner);
-        self.tell(&said);
+        self.tell(&said)
     }
 
-    /// A service that is gone is told nothing: commands are kept for the next one.
-    fn tell(&mut self, said: &Said) {
-        if let Some(service) = &self.to_service
-            && service.send(said.header, &[&said.body], &said.borrowed()).is_err()
-        {
-            self.to_service = None;
+    /// A service that is gone is told nothing: commands are kept for the next one. One that is there and cannot be told makes no sense
+    /// of what comes after.
+    fn tell(&mut self, said: &Said) -> Result<(), FramingError> {
+        let Some(service) = &self.to_service else { return Ok(()) };
+        match service.send(said.header, &[&said.body], &said.borrowed()) {
+            Ok(()) => Ok(()),
+            Err(FramingError::Closed) => {
+                self.to_service = None;
+                Ok(())
+            }
+            Err(error) => Err(error),
         }
     }
 }

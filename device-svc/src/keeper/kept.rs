@@ -23,10 +23,11 @@ pub(super) struct Said {
 
 impl Said {
     /// One of a VMM's, without what only a keeper may say.
-    pub(super) fn by_vmm(message: &mut Message, files: &mut Files) -> Self {
+    /// `None`: with more files than one may have.
+    pub(super) fn by_vmm(message: &mut Message, files: &mut Files) -> Option<Self> {
         let header = Header { flags: message.header.flags & !FLAG_KEEPER, ..message.header };
-        let fds = message.fds.drain(..).map(|fd| files.one_of(fd)).collect();
-        Self { header, body: std::mem::take(&mut message.body), fds }
+        let fds = message.fds.drain(..).map(|fd| files.one_of(fd)).collect::<Option<_>>()?;
+        Some(Self { header, body: std::mem::take(&mut message.body), fds })
     }
 
     /// One that was settled, said again to a service that has not heard it; nothing of it goes back to the VMM.
@@ -40,6 +41,9 @@ impl Said {
     }
 }
 
+/// Files of one VMM at most, give or take those that it has just let go of: every descriptor here is one less for the others.
+const FILES_MAX: usize = 4096;
+
 /// Which file a descriptor is of, and what may be done with it.
 type FileIdentity = (u64, u64, i32);
 
@@ -52,18 +56,21 @@ pub(super) struct Files {
 
 impl Files {
     /// The descriptor by which the file of `fd` is known already, or else this one.
-    fn one_of(&mut self, fd: OwnedFd) -> Arc<OwnedFd> {
-        let Some(identity) = identity(&fd) else { return Arc::new(fd) };
+    fn one_of(&mut self, fd: OwnedFd) -> Option<Arc<OwnedFd>> {
+        let Some(identity) = identity(&fd) else { return Some(Arc::new(fd)) };
         if let Some(known) = self.by_identity.get(&identity).and_then(Weak::upgrade) {
-            return known;
+            return Some(known);
         }
         if self.by_identity.len() >= 2 * self.swept_at.max(16) {
             self.by_identity.retain(|_, file| file.strong_count() > 0);
             self.swept_at = self.by_identity.len();
         }
+        if self.swept_at >= FILES_MAX {
+            return None;
+        }
         let file = Arc::new(fd);
         self.by_identity.insert(identity, Arc::downgrade(&file));
-        file
+        Some(file)
     }
 }
 
@@ -133,12 +140,11 @@ impl Settled {
         if data == IrqData::None && action == IrqAction::Trigger && set.count == 0 {
             self.events.retain(|(kind, _), _| *kind != set.index);
         } else if data == IrqData::Events {
-            for (number, place) in (set.start..set.start.saturating_add(set.count)).zip(0..) {
-                match fds.get(place) {
-                    Some(event) => self.events.insert((set.index, number), Arc::clone(event)),
-                    None => self.events.remove(&(set.index, number)),
-                };
-            }
+            // The service has found the range good; ours may not be as long as the VMM says all the same.
+            let end = set.start.saturating_add(set.count);
+            self.events.retain(|(kind, number), _| *kind != set.index || !(set.start..end).contains(number));
+            self.events
+                .extend((set.start..end).zip(fds).map(|(number, event)| ((set.index, number), Arc::clone(event))));
         }
     }
 
@@ -146,10 +152,11 @@ impl Settled {
         self.files = files.into_iter().map(Arc::new).collect();
     }
 
-    /// All of it, for a service that knows nothing of it. `None`: the VMM has not said a thing yet.
-    pub(super) fn say_again(&self) -> Option<Vec<Said>> {
+    /// All of it, for a service that knows nothing of it.
+    pub(super) fn say_again(&self) -> Vec<Said> {
         const EVENT_TRIGGERS: u32 = 1 << 2 | 1 << 5;
-        let mut said = vec![Said::again(command::VERSION, self.version.clone()?, Vec::new())];
+        let mut said = Vec::new();
+        said.extend(self.version.iter().map(|version| Said::again(command::VERSION, version.clone(), Vec::new())));
         let ranges = self.ranges.values();
         said.extend(ranges.map(|Mapped { map, file }| {
             Said::again(command::DMA_MAP, map.as_bytes().to_vec(), file.iter().cloned().collect())
@@ -159,11 +166,10 @@ impl Settled {
             let set = IrqSet { argsz, flags: EVENT_TRIGGERS, index: *index, start: *start, count: 1 };
             Said::again(command::DEVICE_SET_IRQS, set.as_bytes().to_vec(), vec![Arc::clone(event)])
         }));
-        // Last: queues start by it.
-        if let Some(state) = &self.state {
-            said.push(Said::again(command::kept::RESTORE, state.clone(), self.files.clone()));
-        }
-        Some(said)
+        // Last: queues start by it. Without a state the VMM has not said a thing yet.
+        let state = self.state.clone().unwrap_or_default();
+        said.push(Said::again(command::kept::RESTORE, state, self.files.clone()));
+        said
     }
 }
 
@@ -171,6 +177,14 @@ impl Settled {
 #[derive(Debug)]
 pub(super) struct Awaited {
     pub(super) said: Said,
+    /// Services that were told, and are dead.
+    pub(super) deaths: u32,
+}
+
+impl Awaited {
+    pub(super) const fn new(said: Said) -> Self {
+        Self { said, deaths: 0 }
+    }
 }
 
 /// Questions to the VMM, by the number under which it knows them. `None`: the service that asked is gone.

@@ -39,6 +39,9 @@ use crate::tether::{Answer, Question, receive, send};
 /// How long a program that is to take over may take until it stands by.
 const STAND_BY_TIME_MAX: Duration = Duration::from_secs(20);
 
+/// How long a service may take to make room, or to serve when it takes over: longer than a card takes to stop by its own account.
+const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(30);
+
 /// Why there is no keeper.
 #[derive(Debug, thiserror::Error)]
 pub enum KeeperError {
@@ -81,6 +84,10 @@ struct Keeper<R: FnMut()> {
     known: Vec<u64>,
     on_ready: R,
     stopping: bool,
+    /// The service was told to make room.
+    hands_over: bool,
+    /// When a service that takes over, or makes room, has had time enough: then it is killed, and what it leaves is as good.
+    patience: Option<Instant>,
 }
 
 /// Starts the service and keeps it going, until it ends by itself or a signal ends it: SIGTERM or SIGINT, which it passes on.
@@ -114,6 +121,8 @@ pub fn run(on_ready: impl FnMut()) -> Result<ExitCode, KeeperError> {
         known: Vec::new(),
         on_ready,
         stopping: false,
+        hands_over: false,
+        patience: None,
     };
     loop {
         keeper.wait(&signals)?;
@@ -131,7 +140,8 @@ pub fn run(on_ready: impl FnMut()) -> Result<ExitCode, KeeperError> {
 impl<R: FnMut()> Keeper<R> {
     /// Waits for a signal or a question, answers the question.
     fn wait(&mut self, signals: &SignalFd) -> Result<(), KeeperError> {
-        let until = [self.due, self.successor.as_ref().map(|successor| successor.until)].into_iter().flatten().min();
+        let standing_by = self.successor.as_ref().filter(|successor| !successor.stands_by);
+        let until = [self.due, self.patience, standing_by.map(|successor| successor.until)].into_iter().flatten().min();
         let timeout = match until {
             None => PollTimeout::NONE,
             // Rounded up, so that it is due when we wake.
@@ -180,6 +190,15 @@ impl<R: FnMut()> Keeper<R> {
     /// Ends, starts and replaces services as it is time. Returns with what the keeper ends.
     fn look_after(&mut self) -> Result<Option<ExitCode>, KeeperError> {
         self.look_after_successor();
+        if self.patience.take_if(|patience| *patience <= Instant::now()).is_some()
+            && let Some(service) = &self.service
+        {
+            tracing::error!(
+                seconds = HAND_OVER_TIME_MAX.as_secs(),
+                "a service takes too long to make room or to take over; it is killed"
+            );
+            service.signal(Signal::SIGKILL);
+        }
         if let Some(service) = &mut self.service
             && let Some(end) = service.ended()?
         {
@@ -187,22 +206,30 @@ impl<R: FnMut()> Keeper<R> {
             let lived = service.lived();
             self.service = None;
             self.known.clear();
+            let handed_over = std::mem::take(&mut self.hands_over);
+            self.patience = None;
+            if self.stopping {
+                return Ok(Some(service::exit_code(end)));
+            }
             if let Some(successor) = self.successor.take_if(|successor| successor.stands_by) {
                 tracing::info!(program = %successor.program, "another program takes over");
                 self.before = Some(std::mem::replace(&mut self.program, successor.program));
                 let _ = send(&successor.service.socket(), &Answer::Done, &[]);
                 self.service = Some(successor.service);
+                self.patience = Some(Instant::now() + HAND_OVER_TIME_MAX);
                 return Ok(None);
             }
             // It was asked for by one that is gone.
             self.successor = None;
-            if self.stopping || end.success() {
-                return Ok(Some(service::exit_code(end)));
-            }
-            if let Some(before) = self.before.take_if(|_| !was_ready) {
+            if handed_over {
+                // Whoever stood by is dead.
+                self.due = Some(Instant::now());
+            } else if let Some(before) = self.before.take_if(|_| !was_ready) {
                 tracing::error!(program = %self.program, %end, "the new program did not get to serve; the one before goes on");
                 self.program = before;
                 self.due = Some(Instant::now());
+            } else if end.success() && was_ready {
+                return Ok(Some(ExitCode::SUCCESS));
             } else if let Some(pause) = self.restarts.pause(was_ready) {
                 let (end, lived_ms) = (service::describe(end), lived.as_millis() as u64);
                 tracing::error!(%end, lived_ms, pause_ms = pause.as_millis() as u64, "the service died; another is started");
@@ -261,6 +288,8 @@ impl<R: FnMut()> Keeper<R> {
         match receive::<Question>(&successor.service.socket()) {
             Ok((Question::StandBy, _)) => {
                 successor.stands_by = true;
+                self.hands_over = true;
+                self.patience = Some(Instant::now() + HAND_OVER_TIME_MAX);
                 // The service that is told this lets go and ends, and that is when the successor is told.
                 self.answer(&Answer::Done, &[]);
             }
@@ -284,6 +313,13 @@ impl<R: FnMut()> Keeper<R> {
             Question::Claim { function } => self.claim(&function),
             Question::End { number } => {
                 self.end_those(|known| known == number);
+                self.known.retain(|known| *known != number);
+                self.answer(&Answer::Done, &[]);
+            }
+            Question::Await { function } => {
+                if let Some((number, _)) = self.connections.get(&function) {
+                    self.known.push(*number);
+                }
                 self.answer(&Answer::Done, &[]);
             }
             Question::Ready => self.ready(),
@@ -351,6 +387,7 @@ impl<R: FnMut()> Keeper<R> {
         }
         self.restarts.served();
         self.before = None;
+        self.patience = None;
         let known = std::mem::take(&mut self.known);
         for function in self.end_those(|number| !known.contains(&number)) {
             tracing::warn!(function, "nobody serves this function any more; its VMM's connection ends");

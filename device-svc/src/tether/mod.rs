@@ -14,7 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -45,7 +46,12 @@ pub enum Question {
         /// The connection's number.
         number: u64,
     },
-    /// The service serves: connections that nobody has claimed are of no use.
+    /// This function has failed, and will claim its connection when it runs again.
+    Await {
+        /// The function.
+        function: String,
+    },
+    /// The service serves: connections that it has not named are of no use.
     Ready,
     /// Another program shall take over. Answered when it stands by; then this service lets go and ends.
     Update {
@@ -143,19 +149,41 @@ pub fn receive<T: DeserializeOwned>(socket: &impl AsFd) -> Result<(T, Vec<OwnedF
     Ok((serde_json::from_slice(&bytes[..count])?, fds))
 }
 
+/// How long functions may take to go on where a service before has left them.
+const RESTORE_TIME_MAX: Duration = Duration::from_secs(5);
+
 /// The service's end.
 #[derive(Debug)]
 pub struct Tether {
     socket: Mutex<OwnedFd>,
+    /// A program before this one goes on if this one cannot: then it must find every connection as it was.
+    strict: bool,
+    /// All functions are there.
+    serving: AtomicBool,
     /// The service makes room for another program: its connections go on without it.
     leaving: AtomicBool,
+    restoring: Mutex<Restoring>,
+    restored: Condvar,
 }
 
-/// A VMM's connection that the keeper holds. Dropping it ends the connection, unless the service makes room for another.
+/// Functions that go on where a service before has left them.
+#[derive(Debug, Default)]
+struct Restoring {
+    /// Those that are not there yet.
+    count: usize,
+    /// Why one cannot.
+    refused: Option<String>,
+}
+
+/// A VMM's connection that the keeper holds. Dropping it ends the connection; not so if the service makes room for another, or did not
+/// get to serve.
 #[derive(Debug)]
 pub struct KeptConnection {
     tether: Arc<Tether>,
     number: u64,
+    /// Its function is yet to go on where a service before has left it.
+    is_restoring: AtomicBool,
+    is_refused: AtomicBool,
 }
 
 /// A connection that was there before this service was.
@@ -170,10 +198,32 @@ pub struct Claimed {
 }
 
 impl Tether {
-    /// The service's end of `socket`.
+    /// The service's end of `socket`; `strict`: a program before this one goes on if this one cannot.
     #[must_use]
-    pub const fn new(socket: OwnedFd) -> Self {
-        Self { socket: Mutex::new(socket), leaving: AtomicBool::new(false) }
+    pub fn new(socket: OwnedFd, strict: bool) -> Self {
+        Self {
+            socket: Mutex::new(socket),
+            strict,
+            serving: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            restoring: Mutex::default(),
+            restored: Condvar::new(),
+        }
+    }
+
+    fn restoring(&self) -> MutexGuard<'_, Restoring> {
+        self.restoring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connection(self: &Arc<Self>, number: u64, is_restoring: bool) -> KeptConnection {
+        self.restoring().count += usize::from(is_restoring);
+        let tether = Arc::clone(self);
+        KeptConnection {
+            tether,
+            number,
+            is_restoring: AtomicBool::new(is_restoring),
+            is_refused: AtomicBool::new(false),
+        }
     }
 
     fn ask(&self, question: &Question, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), TetherError> {
@@ -198,7 +248,7 @@ impl Tether {
         let (ours, theirs) = UnixStream::pair().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
         let question = Question::Keep { function: function.to_owned() };
         match self.ask(&question, &[vmm.as_fd(), theirs.as_fd()])? {
-            (Answer::Kept { number }, _) => Ok((KeptConnection { tether: Arc::clone(self), number }, ours)),
+            (Answer::Kept { number }, _) => Ok((self.connection(number, false), ours)),
             _ => Err(TetherError::Refused("without a reason".to_owned())),
         }
     }
@@ -212,15 +262,28 @@ impl Tether {
         let (Answer::Kept { number }, Ok([stream, vmm])) = (answer, <[OwnedFd; 2]>::try_from(fds)) else {
             return Ok(None);
         };
-        let connection = KeptConnection { tether: Arc::clone(self), number };
+        let connection = self.connection(number, true);
         Ok(Some(Claimed { connection, stream: stream.into(), vmm: vmm.into() }))
     }
 
-    /// All functions are there.
+    /// All functions are there; those of `failed` are not yet, and keep their VMMs. Waits until those that a service before has left go on.
     ///
     /// # Errors
-    /// When the keeper does not answer.
-    pub fn ready(&self) -> Result<(), TetherError> {
+    /// When the keeper does not answer; if a program before this one can go on, also when one of them cannot.
+    pub fn ready(&self, failed: impl Iterator<Item = String>) -> Result<(), TetherError> {
+        let restoring = self.restored.wait_timeout_while(self.restoring(), RESTORE_TIME_MAX, |now| now.count > 0);
+        let (restoring, timeout) = restoring.unwrap_or_else(PoisonError::into_inner);
+        if self.strict
+            && let Some(why) =
+                restoring.refused.clone().or_else(|| timeout.timed_out().then(|| "it takes too long".to_owned()))
+        {
+            return Err(TetherError::Refused(why));
+        }
+        drop(restoring);
+        for function in failed {
+            self.ask(&Question::Await { function }, &[])?;
+        }
+        self.serving.store(true, Ordering::Release);
         self.ask(&Question::Ready, &[]).map(drop)
     }
 
@@ -249,10 +312,30 @@ impl Tether {
     }
 }
 
+impl KeptConnection {
+    /// The function goes on where a service before has left it, or cannot.
+    pub fn restored(&self, done: Result<(), String>) {
+        if !self.is_restoring.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let mut restoring = self.tether.restoring();
+        restoring.count = restoring.count.saturating_sub(1);
+        if let Err(why) = done {
+            self.is_refused.store(true, Ordering::Release);
+            restoring.refused.get_or_insert(why);
+        }
+        self.tether.restored.notify_all();
+    }
+}
+
 impl Drop for KeptConnection {
     fn drop(&mut self) {
-        if !self.tether.is_leaving()
-            && let Err(error) = self.tether.ask(&Question::End { number: self.number }, &[])
+        self.restored(Ok(()));
+        let tether = &self.tether;
+        // One that did not get to serve leaves all as it found it, but for what no other could go on with either.
+        let is_of_no_use = self.is_refused.load(Ordering::Acquire) && !tether.strict;
+        if (tether.serving.load(Ordering::Acquire) && !tether.is_leaving() || is_of_no_use)
+            && let Err(error) = tether.ask(&Question::End { number: self.number }, &[])
         {
             tracing::debug!(%error, "a connection ends without its keeper");
         }

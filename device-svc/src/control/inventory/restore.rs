@@ -134,6 +134,14 @@ impl Inventory {
             || tables.functions.values().any(|entry| entry.running.is_err())
     }
 
+    /// Functions that have failed, by their names.
+    #[must_use]
+    pub fn failed_functions(&self) -> Vec<String> {
+        let tables = self.read();
+        let failed = tables.functions.values().filter(|entry| entry.running.is_err());
+        failed.map(|entry| entry.config.name.clone()).collect()
+    }
+
     /// Tries again to open what has failed, and what is on it.
     pub fn try_failed_again(&self) {
         let failed: Vec<VolumeConfig> = {

@@ -494,13 +494,15 @@ impl NetShared {
     /// Has the driver's commands kept in `file`, or not; carries out those that are there, for a driver that accepted these features.
     ///
     /// # Errors
-    /// When it is no such file, or the commands are not this function's.
+    /// When it is no such file.
     pub fn keep_commands(&self, file: Option<File>, accepted: u64) -> Result<(), String> {
         let kept = file.map(KeptCommands::open).transpose().map_err(|error| error.to_string())?;
         for command in kept.iter().flat_map(KeptCommands::commands) {
             let parsed = Command::parse(command, accepted, self.settings.pairs);
-            let done = parsed.and_then(|command| command.carry_out(self));
-            done.map_err(|bad| format!("what the driver chose: {bad}"))?;
+            if let Err(bad) = parsed.and_then(|command| command.carry_out(self)) {
+                // What the operator has changed since: an address, say, that the VM may not have any more.
+                tracing::warn!(%bad, bytes = ?&command[..command.len().min(8)], "what the driver chose does not hold any more");
+            }
         }
         *self.kept() = kept;
         Ok(())

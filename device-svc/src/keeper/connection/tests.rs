@@ -93,6 +93,7 @@ fn a_command_is_said_again_until_it_is_answered_and_never_after() {
     let mut second = Peer::new(&service);
     let again = second.answers(0);
     assert_eq!((again.header.command, again.header.flags & FLAG_KEEPER), (command::VERSION, FLAG_KEEPER));
+    assert_eq!(second.answers(0).header.command, kept::RESTORE);
     let mapped = second.answers(0);
     assert_eq!((mapped.header.id, mapped.header.flags), (2, 0));
     assert_eq!((&mapped.body[..], inode(&mapped.fds)), (map(0).as_bytes(), vec![file.metadata().unwrap().ino()]));
@@ -109,6 +110,7 @@ fn a_command_is_said_again_until_it_is_answered_and_never_after() {
     let again = third.answers(0);
     assert_eq!((again.header.command, again.header.flags & FLAG_KEEPER), (command::DMA_MAP, FLAG_KEEPER));
     assert_eq!(inode(&again.fds), [file.metadata().unwrap().ino()]);
+    assert_eq!(third.answers(0).header.command, kept::RESTORE);
     vmm.says(5, command::DEVICE_RESET, 0, &[], &[]);
     assert_eq!(third.answers(0).header.id, 5);
     assert_eq!(vmm.hears().header.id, 5);
@@ -175,6 +177,9 @@ fn answers_to_a_dead_services_questions_go_nowhere() {
     drop((first, service));
     let service = next_service(&connection);
     let mut second = Peer::new(&service);
+    // The VMM has not said a thing, which is said.
+    let nothing = second.answers(0);
+    assert_eq!((nothing.header.command, nothing.body.len()), (kept::RESTORE, 0));
     second.says(7, command::DMA_READ, 0, b"second", &[]);
     let asked_again = vmm.hears();
     assert_ne!(asked.header.id, asked_again.header.id);
@@ -231,4 +236,49 @@ fn who_floods_is_not_heard_until_there_is_room() {
         assert_eq!(first.answers(0).header.id, id);
     }
     drop(flood.join().unwrap());
+}
+
+#[test]
+fn what_was_refused_without_a_word_is_not_settled() {
+    let (connection, vmm, service) = begin();
+    let mut first = Peer::new(&service);
+    vmm.says(1, command::VERSION, FLAG_NO_REPLY, &version(), &[]);
+    let heard = first.hears();
+    first.says(heard.header.id, kept::DONE, TYPE_REPLY | FLAG_KEEPER | FLAG_ERROR, &[], &[]);
+    drop((first, service));
+    let service = next_service(&connection);
+    assert_eq!(Peer::new(&service).hears().header.command, kept::RESTORE);
+}
+
+#[test]
+fn a_range_without_end_is_no_work() {
+    let (connection, vmm, service) = begin();
+    let event = memory();
+    let set = |start, count| IrqSet { argsz: 20, flags: 1 << 2 | 1 << 5, index: 2, start, count };
+    let mut first = Peer::new(&service);
+    vmm.says(1, command::DEVICE_SET_IRQS, FLAG_NO_REPLY, set(5, 1).as_bytes(), &[&event]);
+    vmm.says(2, command::DEVICE_SET_IRQS, FLAG_NO_REPLY, set(0, u32::MAX).as_bytes(), &[]);
+    first.answers(0);
+    first.answers(0);
+    drop((first, service));
+    let service = next_service(&connection);
+    // None is left.
+    assert_eq!(Peer::new(&service).hears().header.command, kept::RESTORE);
+}
+
+#[test]
+fn a_command_that_kills_is_not_given_to_everybody() {
+    let (connection, mut vmm, mut service) = begin();
+    vmm.says(1, command::DEVICE_RESET, 0, &[], &[]);
+    Peer::new(&service).hears();
+    for _ in 0..DEATHS_MAX {
+        drop(service);
+        service = next_service(&connection);
+        let mut peer = Peer::new(&service);
+        assert_eq!(peer.answers(0).header.command, kept::RESTORE);
+        assert_eq!(peer.hears().header.command, command::DEVICE_RESET);
+    }
+    drop(service);
+    let _last = next_service(&connection);
+    assert!(matches!(vmm.0.receive(&mut Message::default()), Err(FramingError::Closed)));
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::VfioUserSettings;
 use super::interrupts::Interrupts;
+use super::lives::Lives;
 use super::port::FunctionPort;
 use crate::address::Iova;
 use crate::inflight::{AreaShape, RecordArea};
@@ -106,6 +107,8 @@ struct Queue {
     running: Option<QueueRegisters>,
     /// Where it goes on when it runs again.
     position: Option<QueuePosition>,
+    /// It is not to run before it was reset.
+    is_doubtful: bool,
 }
 
 /// The function.
@@ -118,6 +121,8 @@ pub(super) struct ShownFunction {
     config_writes: RefCell<BTreeMap<u32, HexBytes>>,
     /// The requests in flight, if somebody keeps them for a service after this one.
     record: Option<RecordArea>,
+    /// How often each queue was reset, beside the record.
+    lives: Option<Lives>,
 }
 
 /// A function as it is kept while no service is there.
@@ -125,6 +130,9 @@ pub(super) struct ShownFunction {
 pub(super) struct SavedFunction {
     registers: SavedRegisters,
     generation: u8,
+    /// How often each queue had been reset.
+    #[serde(default)]
+    lives: Vec<u64>,
     #[serde(default)]
     config_writes: BTreeMap<u32, HexBytes>,
 }
@@ -143,7 +151,7 @@ impl ShownFunction {
             changed: AtomicBool::new(true),
         });
         let queues = (0..queues)
-            .map(|_| Ok(Queue { doorbell: Event::make()?, running: None, position: None }))
+            .map(|_| Ok(Queue { doorbell: Event::make()?, running: None, position: None, is_doubtful: false }))
             .collect::<std::io::Result<Vec<_>>>()?;
         function.attach(Arc::clone(&shown) as Arc<dyn HostEvents>);
         Ok(Self {
@@ -153,6 +161,7 @@ impl ShownFunction {
             queues,
             config_writes: RefCell::default(),
             record: None,
+            lives: None,
         })
     }
 
@@ -175,6 +184,7 @@ impl ShownFunction {
         SavedFunction {
             registers: self.shown.lock().save(),
             generation: self.shown.generation.load(Ordering::SeqCst),
+            lives: self.lives.as_ref().map(|lives| lives.counts.clone()).unwrap_or_default(),
             config_writes: self.config_writes.borrow().clone(),
         }
     }
@@ -186,7 +196,8 @@ impl ShownFunction {
             return Ok(Vec::new());
         }
         let shape = self.record_shape();
-        let mut files = vec![shape.create()?];
+        let mut files = vec![shape.create()?, Lives::create(self.queues.len())?];
+        self.lives = Some(Lives::open(files[1].try_clone()?, self.queues.len())?);
         self.record = Some(RecordArea::open(&files[0], 0, shape.bytes(), shape).map_err(std::io::Error::other)?);
         if let Some(network) = self.function.network() {
             let commands = network.make_kept()?;
@@ -211,19 +222,27 @@ impl ShownFunction {
         let record = files.next().ok_or("the record of requests in flight is missing")?;
         let shape = self.record_shape();
         self.record = Some(RecordArea::open(&record, 0, shape.bytes(), shape).map_err(|error| error.to_string())?);
+        let lives = files.next().ok_or("the file of the queues' lives is missing")?;
+        self.lives = Some(Lives::open(lives, self.queues.len()).map_err(|error| error.to_string())?);
         self.shown.lock().restore(&saved.registers).map_err(|error| error.to_string())?;
         if let Some(network) = self.function.network() {
             let accepted = self.shown.lock().virtio.accepted();
             network.keep_commands(files.next(), accepted).map_err(|error| error.to_string())?;
         }
-        self.shown.generation.store(saved.generation, Ordering::SeqCst);
+        // Another one: the configuration may have changed since.
+        self.shown.generation.store(saved.generation.wrapping_add(1), Ordering::SeqCst);
         for (offset, data) in &saved.config_writes {
             self.function.write_config(*offset, &data.0).map_err(|error| error.to_string())?;
         }
         *self.config_writes.borrow_mut() = saved.config_writes.clone();
         let packed = self.shown.lock().virtio.accepted() & features::RING_PACKED != 0;
-        for queue in &mut self.queues {
-            queue.position = Some(QueuePosition::fresh(packed));
+        for (number, queue) in (0..).zip(&mut self.queues) {
+            // Where the two differ, a reset was under way that the VMM was not told of, and which is done again: until then nothing of
+            // the queue's is to be trusted.
+            let is_whole = self.lives.as_ref().is_some_and(|lives| saved.lives.get(number) == lives.counts.get(number));
+            let is_enabled = self.shown.lock().virtio.queues()[number].enabled;
+            queue.position = (is_enabled && is_whole).then(|| QueuePosition::fresh(packed));
+            queue.is_doubtful = is_enabled && !is_whole;
         }
         self.shown.interrupts.follow(&self.shown.lock());
         // Whatever the service before meant to say, the driver looks at everything once more.
@@ -260,6 +279,10 @@ impl ShownFunction {
                 self.halt(queue);
                 self.function.forget_queue(queue);
                 self.queues[usize::from(queue)].position = None;
+                self.queues[usize::from(queue)].is_doubtful = false;
+                if let Some(lives) = &mut self.lives {
+                    lives.end(usize::from(queue)..usize::from(queue) + 1);
+                }
                 if let Some(record) = &self.record {
                     let packed = self.shown.lock().virtio.accepted() & features::RING_PACKED != 0;
                     record.forget_queue(queue, packed);
@@ -280,6 +303,9 @@ impl ShownFunction {
     /// After a reset of the registers.
     fn forget(&mut self) {
         self.function.reset();
+        if let Some(lives) = &mut self.lives {
+            lives.end(0..self.queues.len());
+        }
         if let Some(record) = &self.record {
             record.forget();
         }
@@ -290,6 +316,7 @@ impl ShownFunction {
         for queue in &mut self.queues {
             queue.running = None;
             queue.position = None;
+            queue.is_doubtful = false;
             // A doorbell from before is none for the next driver.
             queue.doorbell.take();
         }
@@ -300,7 +327,7 @@ impl ShownFunction {
     /// Runs the queues that are to run and do not, stops those that are not to.
     fn settle(&mut self) {
         for number in 0..self.queues.len() as u16 {
-            let is_live = self.shown.lock().is_live(number);
+            let is_live = self.shown.lock().is_live(number) && !self.queues[usize::from(number)].is_doubtful;
             let runs = self.queues[usize::from(number)].running.is_some();
             if runs && !is_live {
                 self.halt(number);

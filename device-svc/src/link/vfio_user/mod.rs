@@ -9,6 +9,7 @@
 //!          ├► dma_table.rs  the memory that it maps for us
 //!          ├► function.rs   the function's registers, and what their writes do to queues
 //!          ├► interrupts.rs which event is signalled when
+//!          ├► lives.rs      how often queues were reset, for a service after this one
 //!          └► port.rs       doorbell and interrupt of a running queue
 //! ```
 //!
@@ -20,6 +21,7 @@ mod dma_table;
 pub mod framing;
 mod function;
 mod interrupts;
+mod lives;
 pub mod message;
 mod port;
 mod session;
@@ -163,7 +165,7 @@ impl Shared {
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             // The owner may have looked for a connection just before there was one.
             if !shared.is_stopping() {
-                session::run(stream, kept.is_some(), &shared.settings, &shared.function, &shared.stopping);
+                session::run(stream, kept.as_ref(), &shared.settings, &shared.function, &shared.stopping);
             }
             // There are other handles of it: this is what a VMM sees whose conversation is over.
             if let Some(ended) = shared.connection.lock().unwrap_or_else(PoisonError::into_inner).take() {

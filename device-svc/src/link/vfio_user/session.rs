@@ -31,6 +31,7 @@ use crate::dma::{Access, Direction, DistantMemory, PAGE_BYTES, RANGES_MAX};
 use crate::link::event::Event;
 use crate::link::{FunctionSide, drain};
 use crate::pci::{Space, VIRTIO_BAR, layout};
+use crate::tether::KeptConnection;
 
 /// The version that is spoken: 0.1.
 const MAJOR: u16 = 0;
@@ -92,6 +93,8 @@ struct Session {
     dma: DmaTable,
     /// The pages of the virtio BAR, if the VMM may map its notify registers.
     notify: Option<OwnedFd>,
+    /// The function is what a service before has left, if one has.
+    restored: bool,
     /// VERSION has been agreed upon.
     greeted: bool,
     /// Something was refused, and people were told: once for each VMM, which could otherwise fill a disk with our words.
@@ -102,13 +105,13 @@ struct Session {
 /// the conversation may have begun with a service before.
 pub(super) fn run(
     stream: UnixStream,
-    kept: bool,
+    kept: Option<&KeptConnection>,
     settings: &VfioUserSettings,
     side: &Arc<dyn FunctionSide>,
     stopping: &AtomicBool,
 ) {
     let name = &settings.function;
-    let mut session = match Session::new(stream, kept, settings, side) {
+    let mut session = match Session::new(stream, kept.is_some(), settings, side) {
         Ok(session) => session,
         Err(error) => {
             tracing::warn!(function = name, %error, "a VMM could not be served");
@@ -116,7 +119,10 @@ pub(super) fn run(
         }
     };
     tracing::info!(function = name, "a VMM is attached");
-    let end = session.converse();
+    let end = session.converse(kept);
+    if let (Some(kept), FramingError::Kept(why)) = (kept, &end) {
+        kept.restored(Err(format!("{name}: {why}")));
+    }
     match end {
         _ if stopping.load(Ordering::Acquire) => {
             tracing::info!(function = name, "the link ends the connection");
@@ -160,15 +166,19 @@ impl Session {
             side: Arc::clone(side),
             dma,
             notify,
+            restored: false,
             greeted: false,
             warned: false,
         })
     }
 
-    fn converse(&mut self) -> FramingError {
+    fn converse(&mut self, kept: Option<&KeptConnection>) -> FramingError {
         let mut message = Message::default();
         loop {
             let done = self.wire.receive(&mut message).and_then(|()| self.serve(&mut message));
+            if let (Some(kept), true) = (kept, self.restored) {
+                kept.restored(Ok(()));
+            }
             if let Err(end) = done {
                 return end;
             }
@@ -186,8 +196,12 @@ impl Session {
         let fds = std::mem::take(&mut message.fds);
         let again = self.wire.is_kept() && header.flags & FLAG_KEEPER != 0;
         if again && header.command == kept::RESTORE {
-            self.restore(&message.body, fds)?;
-            return self.wire.done();
+            // Empty where the VMM has not said a thing yet.
+            if !message.body.is_empty() {
+                self.restore(&message.body, fds)?;
+            }
+            self.restored = true;
+            return self.wire.done(None);
         }
         let result = match Request::parse(header.command, &message.body) {
             Ok(request) => self.handle(request, fds),
@@ -196,7 +210,7 @@ impl Session {
         if again {
             // It was good for the service before.
             result.map_err(|refusal| FramingError::Kept(refusal.why))?;
-            return self.wire.done();
+            return self.wire.done(None);
         }
         self.keep_state()?;
         let wanted = header.flags & FLAG_NO_REPLY == 0;
@@ -206,10 +220,14 @@ impl Session {
                 let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(AsFd::as_fd).collect();
                 self.wire.send(header, &[&reply.body], &fds)
             }
-            Ok(_) => self.wire.done(),
+            Ok(_) => self.wire.done(None),
             Err(refusal) => {
                 self.warn(header.command, &refusal.why);
-                if wanted { answer_error(&self.wire, header, refusal.errno) } else { self.wire.done() }
+                if wanted {
+                    answer_error(&self.wire, header, refusal.errno)
+                } else {
+                    self.wire.done(Some(refusal.errno))
+                }
             }
         }
     }

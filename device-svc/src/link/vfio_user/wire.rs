@@ -113,12 +113,12 @@ impl Wire {
         self.send(Header { command: command::kept::STATE, flags, ..Header::default() }, &[state], fds)
     }
 
-    /// A command is carried out of which the VMM hears nothing: a keeper does.
-    pub(super) fn done(&self) -> Result<(), FramingError> {
+    /// A command is carried out, or refused, of which the VMM hears nothing: a keeper does.
+    pub(super) fn done(&self, refused: Option<Errno>) -> Result<(), FramingError> {
         if !self.kept {
             return Ok(());
         }
-        let flags = TYPE_REPLY | FLAG_KEEPER;
+        let flags = TYPE_REPLY | FLAG_KEEPER | if refused.is_some() { FLAG_ERROR } else { 0 };
         self.send(Header { command: command::kept::DONE, flags, ..Header::default() }, &[], &[])
     }
 
