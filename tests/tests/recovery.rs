@@ -2,12 +2,16 @@
 //! The card's service is killed at any moment and started again. Over vhost-user its front end keeps the record of what was in flight
 //! and hands it back; over vfio-user a keeper has it, and the connection. Nobody sees an error, nothing is lost, nothing is done twice.
 
+use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
+use device_svc::driver::GuestMemory;
 use device_svc::driver::vfio_user::Sharing;
+use device_svc::driver::vhost_user::FrontEnd;
 use device_svc::virtqueue::features;
 use nix::sys::signal::Signal;
-use tests::{Card, CardSettings, Verifier, rounds, wait_for};
+use tests::{Card, CardSettings, Process, Verifier, rig, rounds, wait_for};
 
 const DISK: &str = r#"
 [[volume]]
@@ -85,4 +89,25 @@ fn a_vmm_on_vfio_user_does_not_notice_that_the_service_is_killed() {
 fn a_vmm_on_vfio_user_that_shares_no_memory_does_not_notice_either() {
     survive_over_vfio_user(features::EVENT_INDEX, Sharing::Messages, "");
     survive_over_vfio_user(features::EVENT_INDEX | features::RING_PACKED, Sharing::Messages, "");
+}
+
+/// What the README says of it: without the record, what was in flight when it dies is done twice, or never.
+#[test]
+fn qemu_storage_daemon_keeps_no_record() {
+    let Some(rig) = rig() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let export = format!("vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={}", socket.display());
+    let mut command = Command::new(rig.join("bin/qemu-storage-daemon"));
+    let disk = "driver=null-co,size=1M,node-name=disk";
+    let _daemon = Process::start(command.args(["--blockdev", disk, "--export", &export]));
+    wait_for("its socket", || socket.exists());
+    let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());
+    let mut front_end = FrontEnd::connect(&socket, features::EVENT_INDEX, memory).unwrap();
+    assert!(front_end.make_record(1, 64).is_err());
+    // A card does, asked in the same way.
+    let card = Card::start(&CardSettings { parts: DISK.to_owned(), ..CardSettings::default() });
+    let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());
+    let mut front_end = FrontEnd::connect(&card.path("f.sock"), features::EVENT_INDEX, memory).unwrap();
+    assert!(front_end.make_record(1, 64).is_ok());
 }
