@@ -14,6 +14,11 @@ use tests::{
 /// The network inside.
 const OWN: &str = "192.0.2.1";
 const GUEST: &str = "192.0.2.2";
+/// Serves whoever measures, and says so when it does.
+const SERVE: &str = "iperf3 --server &
+    for i in $(seq 300); do netstat -lnt | grep -q :5201 && break; sleep 0.1; done
+    echo READY
+    wait";
 
 /// The other end of a tunnel, with its addresses in `far`; ours are in `near`.
 fn underlay(rig: &Path) -> (Namespace, Namespace) {
@@ -108,8 +113,8 @@ fn a_guest_talks_to_the_kernels_vxlan() {
             ping -c 2 {OWN}
             ping -c 2 -s 1422 {OWN}
             ping6 -c 2 -s 1402 2001:db8::1
-            iperf3 --json -n {bytes} --client {OWN} >/tmp/out
-            iperf3 --json -n {bytes} -P 4 --reverse --client {OWN} >/tmp/in
+            iperf3 --json -n {bytes} --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
+            iperf3 --json -n {bytes} -P 4 --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
             iperf3 --json -n {bytes} --client 2001:db8::1 >/tmp/six
             iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
             iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
@@ -196,7 +201,7 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
             ip.iproute2 link set eth0.5 up\n"
         )
     };
-    let mut server = boot(&card, "b", &(set_up(1) + &tagged(1) + "echo READY\niperf3 --server"), None);
+    let mut server = boot(&card, "b", &(set_up(1) + &tagged(1) + SERVE), None);
     server.wait_for_output("READY\r");
     let job = set_up(2)
         + &tagged(2)
@@ -205,9 +210,8 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
             ping -c 2 -s 1402 {OWN}
             ping6 -c 2 2001:db8::1
             ping -c 2 -s 1398 198.51.100.1
-            for i in $(seq 100); do nc -z {OWN} 5201 && break; sleep 0.1; done
-            iperf3 --json -P 4 -n 2M --client {OWN} >/tmp/out
-            iperf3 --json -P 4 -n 2M --reverse --client {OWN} >/tmp/in
+            iperf3 --json -P 4 -n 2M --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
+            iperf3 --json -P 4 -n 2M --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
             for report in out in; do echo REPORT $report; cat /tmp/$report; done"
         );
     let output = boot(&card, "a", &job, None).succeed();
@@ -271,8 +275,7 @@ fn a_guest_talks_to_another_kernels_geneve() {
         ip.iproute2 link set gen0 mtu 1450 up
         ip.iproute2 address add {OWN}/24 dev gen0
         ip.iproute2 address add 2001:db8::1/64 dev gen0 nodad
-        echo READY
-        iperf3 --server"
+        {SERVE}"
     );
     let mut peer = boot(&card, "p", &peer, Some(&archive));
     peer.wait_for_output("READY\r");
@@ -282,9 +285,8 @@ fn a_guest_talks_to_another_kernels_geneve() {
             "reach {OWN}
             ping -c 2 -s 1422 {OWN}
             ping6 -c 2 2001:db8::1
-            for i in $(seq 100); do nc -z {OWN} 5201 && break; sleep 0.1; done
-            iperf3 --json -n 2M --client {OWN} >/tmp/out
-            iperf3 --json -n 2M --reverse --client {OWN} >/tmp/in
+            iperf3 --json -n 2M --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
+            iperf3 --json -n 2M --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
             for report in out in; do echo REPORT $report; cat /tmp/$report; done"
         );
     let output = boot(&card, "a", &job, None).succeed();
