@@ -99,7 +99,7 @@ fn qemu_storage_daemon_keeps_no_record() {
     let socket = folder.path().join("disk.sock");
     let export = format!("vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={}", socket.display());
     let mut command = Command::new(rig.join("bin/qemu-storage-daemon"));
-    let disk = "driver=null-co,size=1M,node-name=disk";
+    let disk = "driver=null-co,size=1048576,node-name=disk";
     let _daemon = Process::start(command.args(["--blockdev", disk, "--export", &export]));
     wait_for("its socket", || socket.exists());
     let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());

@@ -11,7 +11,7 @@ use tests::{Card, CardSettings, GuestSettings, Process, boot_guest, long, qmp, q
 
 /// A card with one disk of 256 MiB; `link` are further keys of its link.
 fn card(link: &str) -> Card {
-    card_with(link, CardSettings::default())
+    card_with(link, CardSettings { keeper: true, ..CardSettings::default() })
 }
 
 fn card_with(link: &str, settings: CardSettings) -> Card {
@@ -29,7 +29,7 @@ volume = "v"
 queues = 2
 "#
     );
-    Card::start(&CardSettings { parts, keeper: true, ..settings })
+    Card::start(&CardSettings { parts, ..settings })
 }
 
 /// The device as QEMU's command line and `device_add` name it.
@@ -160,7 +160,8 @@ fn doorbell_messages(card: &Card) -> usize {
     log.lines().filter_map(body).filter(is_doorbell).count()
 }
 
-/// QEMU maps the notify registers where it may: then no doorbell is a message.
+/// QEMU maps the notify registers where it may: then no doorbell is a message. Without a keeper: with one, queues that the firmware's
+/// remapping stops raise an interrupt when they go on, and while QEMU sees to INTx it takes mappings away, so one doorbell may be one.
 #[test]
 fn a_mapped_doorbell_is_no_message() {
     if rig().is_none() {
