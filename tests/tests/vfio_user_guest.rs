@@ -160,8 +160,8 @@ fn doorbell_messages(card: &Card) -> usize {
     log.lines().filter_map(body).filter(is_doorbell).count()
 }
 
-/// QEMU maps the notify registers where it may: then no doorbell is a message. Without a keeper: with one, queues that the firmware's
-/// remapping stops raise an interrupt when they go on, and while QEMU sees to INTx it takes mappings away, so one doorbell may be one.
+/// QEMU maps the notify registers where it may: then no doorbell is a message. Without a keeper: with one, queues have a record and raise
+/// an interrupt as they start, and while QEMU sees to INTx it takes mappings away, so the firmware's first doorbell is a message.
 #[test]
 fn a_mapped_doorbell_is_no_message() {
     if rig().is_none() {

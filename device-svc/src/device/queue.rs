@@ -14,7 +14,6 @@ use std::time::Duration;
 use super::{FaultReport, QueueFault};
 use crate::clock::Moment;
 use crate::dma::{DmaCounters, DmaEngine, HostMemory, Removed};
-use crate::inflight::QueueRecord;
 use crate::link::{QueuePort, QueuePosition, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Fetched, Mirror};
@@ -82,11 +81,10 @@ impl<E: DmaEngine> Queue<E> {
         report: Arc<dyn FaultReport>,
         engine: impl FnOnce(crate::dma::CardMemory) -> E,
     ) -> std::io::Result<Self> {
-        let has_record = start.inflight.as_ref().is_some_and(QueueRecord::was_written);
         let mirror = Mirror::new(&start, layout, engine)?;
         let mut port = start.port;
         let goes_on = start.position != QueuePosition::fresh(start.features & features::RING_PACKED != 0);
-        if goes_on || has_record {
+        if goes_on || start.inflight.is_some() {
             // Whoever published last may have died before it came to the interrupt, and with an event index the driver would never hear
             // of what was published before or comes after; it looks once more.
             port.raise_interrupt();

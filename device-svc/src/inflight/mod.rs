@@ -250,13 +250,6 @@ impl QueueRecord {
         self.identity
     }
 
-    /// Whether somebody has used it: the queue goes on. One that is fresh has a driver that expects nothing.
-    #[must_use]
-    pub fn was_written(&self) -> bool {
-        // A header's version is at the same place for both kinds of ring.
-        self.region::<SplitHeader, SplitEntry>(0).header().version.get() != 0
-    }
-
     /// The region as that of one kind of ring. Panics if it does not fit: a record is made for one kind, and its area has checked
     /// that it fits.
     fn region<H: memory::Shared, E: memory::Shared>(&self, entries: u16) -> memory::Region<H, E> {
