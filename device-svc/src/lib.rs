@@ -29,9 +29,13 @@ pub mod inflight;
 pub mod virtqueue;
 pub mod dma;
 pub mod config;
+pub mod format;
 pub mod metrics;
 pub mod address;
 pub mod clock;
+
+#[cfg(test)]
+mod allocations;
 
 /// What a guest does: the driver side of a virtqueue and of vhost-user, for the demo, the bench, tests and simulation.
 pub mod driver;

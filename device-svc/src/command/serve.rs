@@ -16,7 +16,7 @@ use device_svc::control::open_backend::{open_backend, open_uplink};
 use device_svc::control::serve::{Card, Update};
 use device_svc::control::starter::start_reactors;
 use device_svc::keeper;
-use device_svc::state::{CardState, StateFolder, default_state_folder};
+use device_svc::state::{StateFolder, default_state_folder};
 use device_svc::tether::Tether;
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
@@ -83,9 +83,7 @@ fn serve_card(serve: &Serve) -> Result<()> {
             card.can_be_updated(Update { tether: Arc::clone(tether), stop: Arc::clone(&stop) });
         }
         if let Some((folder, before)) = state {
-            // What another program hands over is still in use, though that has ended by itself.
-            let running = before.running || serve.stand_by;
-            card.inventory().keep_in(folder, CardState { running, ..before });
+            card.inventory().keep_in(folder, before);
         }
         let (metrics, inventory) = (card.metrics_address(), Arc::clone(card.inventory()));
         let control = config.control.listen.clone();

@@ -163,10 +163,10 @@ impl Inventory {
     }
 
     /// Stops every function and lets go of every volume and uplink. Nothing can be created afterwards. That is remembered as an end
-    /// by itself.
-    pub fn stop_all(&self) {
+    /// by itself, unless another program goes on with it (`handed_over`): then VMs hold on to what they were shown.
+    pub fn stop_all(&self, handed_over: bool) {
         let memory = self.changing();
-        let last = CardState { running: false, ..self.read().state() };
+        let last = CardState { running: handed_over, ..self.read().state() };
         self.let_go_of_all();
         if let Some(folder) = &memory.folder
             && let Err(error) = folder.write(&last)

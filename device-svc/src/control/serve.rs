@@ -137,6 +137,7 @@ impl Card {
         stop: watch::Receiver<bool>,
         ready: impl FnOnce(),
     ) -> Result<(), ServeError> {
+        let tether = self.update.as_ref().map(|update| Arc::clone(&update.tether));
         let inventory = Arc::clone(&self.inventory);
         let started = tokio::task::spawn_blocking(move || inventory.start_all(&config)).await;
         started.map_err(std::io::Error::other)??;
@@ -162,7 +163,9 @@ impl Card {
 
         // Functions first, while followers still see them go.
         let inventory = Arc::clone(&self.inventory);
-        let stopping = tokio::task::spawn_blocking(move || inventory.stop_all());
+        let stopping = tokio::task::spawn_blocking(move || {
+            inventory.stop_all(tether.is_some_and(|tether| tether.is_for_another()))
+        });
         let stopped_in_time = tokio::time::timeout(STOP_TIME_MAX, stopping).await;
         self.inventory.events().close();
         if let Some(metrics) = metrics {

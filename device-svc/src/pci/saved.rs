@@ -1,7 +1,6 @@
 //! A function's registers as they are kept by whoever outlives the service, and how they come back.
 //!
-//! What is kept is JSON: fields may be added, and a version that does not know one passes over it. `format` goes up when a field
-//! changes its meaning; each version reads its own, the one before and the one after, so that an update can be taken back.
+//! What is kept is JSON: fields may be added, and a version that does not know one passes over it.
 //!
 //! What comes back is believed no more than what a driver writes: bits that cannot be written keep their values, features must be
 //! offered, sizes and vectors be possible.
@@ -10,9 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::function::PciFunction;
 use super::virtio::SavedVirtio;
-
-/// The format that is written.
-const FORMAT: u32 = if cfg!(feature = "state-next") { 2 } else { 1 };
+use crate::format::{FORMAT, READ};
 
 /// The registers of a function, for later.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -34,7 +31,7 @@ pub struct HexBytes(pub Vec<u8>);
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BadSaved {
     /// Of a version that this one does not know.
-    #[error("they have format {0}; this version reads {low} to {high}", low = FORMAT.saturating_sub(1).max(1), high = FORMAT + 1)]
+    #[error("they have format {0}; this version reads {low} to {high}", low = READ.start(), high = READ.end())]
     Format(u32),
     /// They are those of a function that is not this one.
     #[error("they are of a function with other {0}")]
@@ -62,8 +59,7 @@ impl PciFunction {
     /// When they are another function's, or unknown; then the registers are as after a reset.
     pub fn restore(&mut self, saved: &SavedRegisters) -> Result<(), BadSaved> {
         self.reset();
-        let known = FORMAT.saturating_sub(1).max(1)..=FORMAT + 1;
-        if !known.contains(&saved.format) {
+        if !READ.contains(&saved.format) {
             return Err(BadSaved::Format(saved.format));
         }
         let restored = (|| {

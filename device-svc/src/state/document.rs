@@ -23,8 +23,6 @@ use uuid::Uuid;
 use super::{CardState, DocumentFault, Kept, KeptFunction, Origin};
 use crate::config::{ConfigError, FunctionConfig, Options, UplinkConfig, VolumeConfig};
 
-/// The format that this version writes.
-pub const FORMAT: u32 = if cfg!(feature = "state-next") { 2 } else { 1 };
 /// The first format with `more`: which version has written the state.
 const FORMAT_WITH_MORE: u32 = 2;
 

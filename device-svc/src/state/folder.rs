@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::document::{FORMAT, decode, encode};
+use super::document::{decode, encode};
 use super::{CardState, DocumentFault, StateError};
+use crate::format::FORMAT;
 
 /// The state.
 const STATE: &str = "card.state";

@@ -13,8 +13,8 @@ mod folder;
 use std::path::PathBuf;
 
 use crate::config::{FunctionConfig, UplinkConfig, VolumeConfig};
+use crate::format::FORMAT;
 
-pub use document::FORMAT;
 pub use folder::{StateFolder, default_state_folder};
 
 /// Who made a thing, and so who decides what becomes of it.

@@ -305,10 +305,10 @@ impl Tether {
         Ok(())
     }
 
-    /// Whether the service makes room for another.
+    /// Whether what the service has is for another that comes after it: it makes room, or did not get to serve.
     #[must_use]
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Acquire)
+    pub fn is_for_another(&self) -> bool {
+        self.leaving.load(Ordering::Acquire) || !self.serving.load(Ordering::Acquire)
     }
 }
 
@@ -334,7 +334,7 @@ impl Drop for KeptConnection {
         let tether = &self.tether;
         // One that did not get to serve leaves all as it found it, but for what no other could go on with either.
         let is_of_no_use = self.is_refused.load(Ordering::Acquire) && !tether.strict;
-        if (tether.serving.load(Ordering::Acquire) && !tether.is_leaving() || is_of_no_use)
+        if (!tether.is_for_another() || is_of_no_use)
             && let Err(error) = tether.ask(&Question::End { number: self.number }, &[])
         {
             tracing::debug!(%error, "a connection ends without its keeper");

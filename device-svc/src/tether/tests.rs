@@ -50,7 +50,7 @@ fn a_connection_does_not_end_when_the_service_makes_room() {
     claimed.connection.restored(Ok(()));
     tether.ready(std::iter::empty()).unwrap();
     tether.update("/new".into()).unwrap();
-    assert!(tether.is_leaving());
+    assert!(tether.is_for_another());
     drop(claimed);
     assert!(tether.claim("g").unwrap().is_none());
     assert_eq!(keeper.join().unwrap().len(), 4);
@@ -59,9 +59,10 @@ fn a_connection_does_not_end_when_the_service_makes_room() {
 #[test]
 fn a_refusal_says_why_and_changes_nothing() {
     let (tether, keeper) = tether();
-    let keeper = answering(keeper, vec![Answer::Refused { why: "no".to_owned() }]);
+    let keeper = answering(keeper, vec![Answer::Done, Answer::Refused { why: "no".to_owned() }]);
+    tether.ready(std::iter::empty()).unwrap();
     assert!(matches!(tether.update("/new".into()), Err(TetherError::Refused(why)) if why == "no"));
-    assert!(!tether.is_leaving());
+    assert!(!tether.is_for_another());
     keeper.join().unwrap();
 }
 

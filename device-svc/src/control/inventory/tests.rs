@@ -32,7 +32,7 @@ fn a_configuration_starts_and_stops() {
     assert_eq!(inventory.functions().len(), 2);
     assert_eq!(starter.function("f").group.as_deref(), Some("gold"));
     assert_eq!(inventory.volume("w").unwrap().functions, ["f", "g"]);
-    inventory.stop_all();
+    inventory.stop_all(false);
     assert!(
         starter.function("f").stopped.load(Ordering::Relaxed) && starter.function("g").stopped.load(Ordering::Relaxed)
     );

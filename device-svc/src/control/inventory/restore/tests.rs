@@ -74,7 +74,7 @@ fn what_commands_made_and_changed_comes_back_after_a_death_and_after_an_end() {
         assert_eq!(*starter.function("net").changes.lock().unwrap(), [down], "its link is down from the start");
         let events = again.events().after(0).events;
         assert!(events.iter().any(|event| event.function == "net" && event.kind == EventKind::LinkDown));
-        again.stop_all();
+        again.stop_all(false);
     }
     // What is deleted stays away.
     let (again, _) = start(folder.path(), &file).unwrap();
@@ -108,7 +108,7 @@ fn what_the_file_names_is_as_the_file_says() {
     assert_eq!(again.volume("x").unwrap().config.io_timeout.as_secs(), 1);
     assert_eq!(again.function("net").unwrap().config, made.functions[1], "as the command made it");
     // From now on it is the file's, and goes with it.
-    again.stop_all();
+    again.stop_all(false);
     drop(again);
     let (again, _) = start(folder.path(), &config(&["f"])).unwrap();
     assert!(again.volume("x").is_err() && again.function("disk").is_err() && again.function("net").is_ok());
@@ -151,7 +151,7 @@ fn after_a_death_a_key_that_a_vm_would_notice_is_refused_by_name() {
     // Nothing of what is remembered has changed; and after an end by itself all of it is applied.
     let (again, _) = start(folder.path(), &config(&["f", "net0"])).unwrap();
     assert!(again.function("disk").is_ok());
-    again.stop_all();
+    again.stop_all(false);
     drop(again);
     let (again, _) = start(folder.path(), &wrong[4].0).unwrap();
     assert_eq!(again.function("net0").unwrap().config, wrong[4].0.functions[1]);

@@ -37,7 +37,7 @@ fn a_configuration_starts_and_stops() {
     assert_eq!(names, ["any", "one"]);
     let uplink = inventory.uplink("any").unwrap();
     assert_eq!((uplink.functions, uplink.carrier, uplink.info.unwrap().mtu_max), (vec!["net0".to_owned()], true, 1450));
-    inventory.stop_all();
+    inventory.stop_all(false);
     assert!(starter.function("net0").stopped.load(Ordering::Relaxed));
     assert!(inventory.uplinks().is_empty());
     let late = inventory.create_uplink(config(&[]).uplinks.remove(0));
