@@ -177,6 +177,24 @@ fn a_buffer_that_went_away_stops_the_function_alone() {
     verify(&mut connect(&card, Sharing::Pages, true), 2);
 }
 
+/// A queue whose memory is away waits for it, whatever else is written to the function meanwhile.
+#[test]
+fn a_queue_without_memory_waits_for_it() {
+    let card = card(RAM, "", "");
+    let mut client = connect(&card, Sharing::Whole, false);
+    verify(&mut client, 1);
+    let (base, bytes) = (client.memory().base(), client.memory().len());
+    for may in [false, true] {
+        device(&mut client).unmap(base, bytes).unwrap();
+        device(&mut client).set_bus_master(false).unwrap();
+        device(&mut client).set_bus_master(may).unwrap();
+        device(&mut client).map(base, bytes, 0, true).unwrap();
+        device(&mut client).set_bus_master(true).unwrap();
+        verify(&mut client, 2 + u32::from(may));
+    }
+    client.leave().unwrap();
+}
+
 /// A VMM that is asked and goes away, while its memory is needed.
 #[test]
 fn clients_that_are_asked_come_and_go() {

@@ -108,6 +108,7 @@ pub(crate) fn run(what: Lane) -> Result<()> {
         features: accepted,
         port: Box::new(SilentPort),
         inflight,
+        is_resumed: false,
     };
     let reach = check_addresses(&start, &table).map_err(anyhow::Error::msg)?;
     let place = LanePlace { memory: table, reach, counters: Arc::default(), report: Arc::new(Faults) };

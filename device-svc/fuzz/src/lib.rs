@@ -178,6 +178,7 @@ impl Bed {
             features: choice.features | features::VERSION_1,
             port: Box::new(Silent),
             inflight: None,
+            is_resumed: false,
         };
         check_addresses(&start, table).ok()?;
         let faults = Arc::new(Faults::default());

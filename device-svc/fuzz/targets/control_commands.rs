@@ -60,6 +60,7 @@ fuzz_target!(|bytes: &[u8]| {
         features: accepted,
         port: Box::new(Silent),
         inflight: None,
+        is_resumed: false,
     };
     let faults = Arc::new(Faults::default());
     let report = Arc::clone(&faults) as Arc<dyn FaultReport>;

@@ -14,10 +14,9 @@ use std::time::Duration;
 use super::{FaultReport, QueueFault};
 use crate::clock::Moment;
 use crate::dma::{DmaCounters, DmaEngine, HostMemory, Removed};
-use crate::link::{QueuePort, QueuePosition, QueueStart};
+use crate::link::{QueuePort, QueueStart};
 use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Fetched, Mirror};
-use crate::virtqueue::features;
 
 /// How long a stopping queue waits for what the other side of the card has not answered yet.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
@@ -83,10 +82,9 @@ impl<E: DmaEngine> Queue<E> {
     ) -> std::io::Result<Self> {
         let mirror = Mirror::new(&start, layout, engine)?;
         let mut port = start.port;
-        let goes_on = start.position != QueuePosition::fresh(start.features & features::RING_PACKED != 0);
-        if goes_on || start.inflight.is_some() {
-            // Whoever published last may have died before it came to the interrupt, and with an event index the driver would never hear
-            // of what was published before or comes after; it looks once more.
+        if start.is_resumed {
+            // With an event index the driver would never hear of what was published before the death, nor of what comes after; it looks
+            // once more.
             port.raise_interrupt();
             counters.interrupts.add(1);
         }

@@ -145,8 +145,7 @@ impl VfioUserDevice {
         let mut device = Self { conversation, memory, places, pages: None, offered: 0, accepted: 0 };
         device.find_structures()?;
         device.find_pages()?;
-        // Memory accesses, and bus mastering (PCI 3.0, 6.2.2).
-        device.write(REGION_CONFIG, 4, &6_u16.to_le_bytes())?;
+        device.set_bus_master(true)?;
         device.share(sharing)?;
         let always = features::VERSION_1 | features::ACCESS_PLATFORM | features::ORDER_PLATFORM;
         device.negotiate(wanted | always)?;
@@ -201,6 +200,14 @@ impl VfioUserDevice {
         let fds = [memory.file().as_fd()];
         let fds = if by_descriptor { &fds[..] } else { &[] };
         self.conversation.ask(command::DMA_MAP, &[map.as_bytes()], fds).map(drop)
+    }
+
+    /// Lets the function reach memory, or not (PCI 3.0, 6.2.2).
+    ///
+    /// # Errors
+    /// When the function refuses.
+    pub fn set_bus_master(&mut self, may: bool) -> Result<(), FrontEndError> {
+        self.write(REGION_CONFIG, 4, &(if may { 6_u16 } else { 2 }).to_le_bytes())
     }
 
     /// Takes ranges away.

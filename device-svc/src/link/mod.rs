@@ -72,6 +72,8 @@ pub struct QueueStart {
     pub port: Box<dyn QueuePort>,
     /// The record of its requests in flight, where the front end keeps one. It knows better than `position` once it was written to.
     pub inflight: Option<QueueRecord>,
+    /// A service before this one may have run it, and died before it came to an interrupt: so one is raised, whatever the ring says.
+    pub is_resumed: bool,
 }
 
 /// Why the function refused what the link passed on: the guest's or the front end's fault, told to it as the link's

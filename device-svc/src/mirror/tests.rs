@@ -62,6 +62,7 @@ impl Bed {
             features: features::VERSION_1 | features::INDIRECT,
             port: Box::new(NoPort),
             inflight: None,
+            is_resumed: false,
         };
         check_addresses(&start, &host).unwrap();
         let mirror = Mirror::new(&start, CardLayout::default(), |card| CopyEngine::new(card, host)).unwrap();
@@ -228,6 +229,7 @@ fn a_ring_outside_the_memory_or_out_of_line_is_refused() {
         features: features::VERSION_1,
         port: Box::new(NoPort),
         inflight: None,
+        is_resumed: false,
     };
     assert_eq!(check_addresses(&start(0, 4096, 8192, 64), &memory), Ok(Reach::Mapped));
     for (descriptors, driver, device, size) in [

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 //! The queues of a network function, driven turn by turn in one thread, with a driver on the other side of its memory.
 
+mod allocations;
 mod bad_input;
 mod commands;
 mod frames;
@@ -148,6 +149,7 @@ impl Bed {
                 features: accepted,
                 port: Box::new(SilentPort),
                 inflight: None,
+                is_resumed: false,
             };
             crate::mirror::check_addresses(&start, &table).unwrap();
             let place = LanePlace {

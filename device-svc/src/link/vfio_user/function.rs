@@ -1,22 +1,21 @@
 //! The function that a VMM sees: its registers, and what their writes do to queues and interrupts.
 
+mod kept;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use serde::{Deserialize, Serialize};
 
 use super::VfioUserSettings;
 use super::interrupts::Interrupts;
 use super::lives::Lives;
 use super::port::FunctionPort;
 use crate::address::Iova;
-use crate::inflight::{AreaShape, RecordArea};
+use crate::inflight::RecordArea;
 use crate::link::event::Event;
 use crate::link::{FunctionSide, HostEvents, QueuePosition, QueueStart};
-use crate::pci::{BadAccess, Change, HexBytes, Outside, PciFunction, QueueRegisters, SavedRegisters, Space};
+use crate::pci::{BadAccess, Change, HexBytes, Outside, PciFunction, QueueRegisters, Space};
 use crate::virtqueue::features;
 use crate::virtqueue::split::{avail_bytes, used_bytes};
 
@@ -125,18 +124,6 @@ pub(super) struct ShownFunction {
     lives: Option<Lives>,
 }
 
-/// A function as it is kept while no service is there.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub(super) struct SavedFunction {
-    registers: SavedRegisters,
-    generation: u8,
-    /// How often each queue had been reset.
-    #[serde(default)]
-    lives: Vec<u64>,
-    #[serde(default)]
-    config_writes: BTreeMap<u32, HexBytes>,
-}
-
 impl ShownFunction {
     /// A function as after power-on; from now on the card's news reach it.
     pub(super) fn new(settings: &VfioUserSettings, function: &Arc<dyn FunctionSide>) -> std::io::Result<Self> {
@@ -174,83 +161,6 @@ impl ShownFunction {
         }
     }
 
-    /// Whether there is something to save that was not saved yet; from now on it counts as saved.
-    pub(super) fn take_changed(&self) -> bool {
-        self.shown.changed.swap(false, Ordering::AcqRel)
-    }
-
-    /// What must be kept so that the driver finds the function as it left it.
-    pub(super) fn save(&self) -> SavedFunction {
-        SavedFunction {
-            registers: self.shown.lock().save(),
-            generation: self.shown.generation.load(Ordering::SeqCst),
-            lives: self.lives.as_ref().map(|lives| lives.counts.clone()).unwrap_or_default(),
-            config_writes: self.config_writes.borrow().clone(),
-        }
-    }
-
-    /// Has requests in flight, and what a network's driver commands, recorded in files that outlive the service. Returns them if they are
-    /// new.
-    pub(super) fn make_files(&mut self) -> std::io::Result<Vec<File>> {
-        if self.record.is_some() {
-            return Ok(Vec::new());
-        }
-        let shape = self.record_shape();
-        let mut files = vec![shape.create()?, Lives::create(self.queues.len())?];
-        self.lives = Some(Lives::open(files[1].try_clone()?, self.queues.len())?);
-        self.record = Some(RecordArea::open(&files[0], 0, shape.bytes(), shape).map_err(std::io::Error::other)?);
-        if let Some(network) = self.function.network() {
-            let commands = network.make_kept()?;
-            network.keep_commands(Some(commands.try_clone()?), 0).map_err(std::io::Error::other)?;
-            files.push(commands);
-        }
-        Ok(files)
-    }
-
-    /// A packed ring's record is the larger one, and what the driver will choose is not known before.
-    fn record_shape(&self) -> AreaShape {
-        AreaShape { queues: self.function.queue_count(), size: self.function.queue_size_max(), packed: true }
-    }
-
-    /// Makes the function what it was when it was saved. Its queues run again when their memory is there:
-    /// [`come_back`](Self::come_back) must come next.
-    pub(super) fn restore(
-        &mut self,
-        saved: &SavedFunction,
-        mut files: impl Iterator<Item = File>,
-    ) -> Result<(), String> {
-        let record = files.next().ok_or("the record of requests in flight is missing")?;
-        let shape = self.record_shape();
-        self.record = Some(RecordArea::open(&record, 0, shape.bytes(), shape).map_err(|error| error.to_string())?);
-        let lives = files.next().ok_or("the file of the queues' lives is missing")?;
-        self.lives = Some(Lives::open(lives, self.queues.len()).map_err(|error| error.to_string())?);
-        self.shown.lock().restore(&saved.registers).map_err(|error| error.to_string())?;
-        if let Some(network) = self.function.network() {
-            let accepted = self.shown.lock().virtio.accepted();
-            network.keep_commands(files.next(), accepted).map_err(|error| error.to_string())?;
-        }
-        // Another one: the configuration may have changed since.
-        self.shown.generation.store(saved.generation.wrapping_add(1), Ordering::SeqCst);
-        for (offset, data) in &saved.config_writes {
-            self.function.write_config(*offset, &data.0).map_err(|error| error.to_string())?;
-        }
-        *self.config_writes.borrow_mut() = saved.config_writes.clone();
-        let packed = self.shown.lock().virtio.accepted() & features::RING_PACKED != 0;
-        for (number, queue) in (0..).zip(&mut self.queues) {
-            // Where the two differ, a reset was under way that the VMM was not told of, and which is done again: until then nothing of
-            // the queue's is to be trusted.
-            let is_whole = self.lives.as_ref().is_some_and(|lives| saved.lives.get(number) == lives.counts.get(number));
-            let is_enabled = self.shown.lock().virtio.queues()[number].enabled;
-            queue.position = (is_enabled && is_whole).then(|| QueuePosition::fresh(packed));
-            queue.is_doubtful = is_enabled && !is_whole;
-        }
-        self.shown.interrupts.follow(&self.shown.lock());
-        // Whatever the service before meant to say, the driver looks at everything once more.
-        self.shown.interrupts.raise_all();
-        self.take_changed();
-        Ok(())
-    }
-
     /// Registers and interrupts.
     pub(super) const fn shown(&self) -> &Arc<Shown> {
         &self.shown
@@ -261,8 +171,9 @@ impl ShownFunction {
         self.shown.lock().read(space, offset, data, &self.seen())
     }
 
-    /// The VMM writes; what that means has happened when this returns.
-    pub(super) fn write(&mut self, space: Space, offset: u64, data: &[u8]) -> Result<(), BadAccess> {
+    /// The VMM writes; what that means has happened when this returns. Returns whether queues may go on that have stopped:
+    /// [`come_back`](Self::come_back) must come next.
+    pub(super) fn write(&mut self, space: Space, offset: u64, data: &[u8]) -> Result<bool, BadAccess> {
         let change = self.shown.lock().write(space, offset, data, &self.seen())?;
         if !matches!(change, Change::Notify(_)) {
             self.shown.set_changed();
@@ -291,7 +202,7 @@ impl ShownFunction {
             }
             Change::DeviceReset | Change::FunctionReset => self.forget(),
         }
-        Ok(())
+        Ok(change == Change::Queues)
     }
 
     /// The VMM resets the function.
@@ -324,14 +235,16 @@ impl ShownFunction {
         self.shown.interrupts.follow(&self.shown.lock());
     }
 
-    /// Runs the queues that are to run and do not, stops those that are not to.
+    /// Runs the queues that are to run and never did, stops those that are not to. Those that have stopped go on by
+    /// [`come_back`](Self::come_back), for which the VMM may have taken their memory away.
     fn settle(&mut self) {
         for number in 0..self.queues.len() as u16 {
-            let is_live = self.shown.lock().is_live(number) && !self.queues[usize::from(number)].is_doubtful;
-            let runs = self.queues[usize::from(number)].running.is_some();
-            if runs && !is_live {
+            let is_live = self.shown.lock().is_live(number);
+            let queue = &self.queues[usize::from(number)];
+            let is_fresh = queue.running.is_none() && queue.position.is_none() && !queue.is_doubtful;
+            if queue.running.is_some() && !is_live {
                 self.halt(number);
-            } else if is_live && !runs {
+            } else if is_live && is_fresh {
                 self.run(number);
             }
         }
@@ -369,6 +282,8 @@ impl ShownFunction {
             features: device_features,
             port: Box::new(port),
             inflight,
+            // `restore` has raised all there are.
+            is_resumed: false,
         };
         tracing::debug!(function = %self.name, queue = number, ?start.position, start.size, "a queue starts");
         self.function.start_queue(start).map_err(|why| why.to_string())?;

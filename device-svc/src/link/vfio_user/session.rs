@@ -507,7 +507,14 @@ impl Session {
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Refusal> {
         let space = space_of(region)?;
-        self.function.write(space, offset, data).or_else(|bad| refusal(Errno::EINVAL, bad))
+        match self.function.write(space, offset, data) {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                self.come_back();
+                Ok(())
+            }
+            Err(bad) => refusal(Errno::EINVAL, bad),
+        }
     }
 }
 

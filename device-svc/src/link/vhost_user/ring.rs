@@ -121,6 +121,7 @@ impl Ring {
             features: accepted,
             port: Box::new(port),
             inflight,
+            is_resumed: false,
         })
     }
 }

@@ -211,6 +211,8 @@ impl Session {
             let in_order = self.function.network().is_some() && !self.rings[usize::from(number)].ran;
             resume::correct(&mut start, in_order, self.regions.memory());
         }
+        let is_fresh = start.position == QueuePosition::fresh(self.packed()) && start.inflight.is_none();
+        start.is_resumed = !is_fresh && !self.rings[usize::from(number)].ran;
         tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
     }

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 //! One lane, driven turn by turn in one thread, with a guest on the other side of its memory.
 
+mod allocations;
 mod death;
 mod simulation;
 
@@ -100,6 +101,7 @@ impl Bed {
             features: accepted,
             port: Box::new(CountingPort(Arc::clone(&interrupts))),
             inflight: None,
+            is_resumed: false,
         };
         crate::mirror::check_addresses(&start, &table).unwrap();
         let faults = Arc::new(Faults::default());

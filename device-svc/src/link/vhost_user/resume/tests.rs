@@ -38,6 +38,7 @@ fn corrected(ring: [(u16, u64); 4], position: QueuePosition, in_order: bool) -> 
         features: 0,
         port: Box::new(SilentPort),
         inflight: None,
+        is_resumed: false,
     };
     correct(&mut start, in_order, &memory);
     let flags = [0, 1, 2, 3].map(|slot| guest.get::<PackedDescriptor>(Iova(RING.0 + 16 * slot)).flags);

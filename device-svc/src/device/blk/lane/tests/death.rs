@@ -210,6 +210,7 @@ impl World {
             features: self.features,
             port: Box::new(CountingPort(Arc::clone(&self.interrupts))),
             inflight: Some(self.area.queue(0, self.mode.packed).unwrap()),
+            is_resumed: true,
         };
         let report = Arc::clone(&self.faults) as Arc<dyn FaultReport>;
         let (shared, table) = (Arc::clone(&self.shared), Arc::clone(&self.table));

@@ -180,6 +180,7 @@ fn run(seed: u64, features_wanted: u64, indirect: bool, copy_payload: bool, reac
         features: accepted,
         port: Box::new(CountingPort::default()),
         inflight: None,
+        is_resumed: false,
     };
     let faults = Arc::new(Faults::default());
     let report = Arc::clone(&faults) as Arc<dyn FaultReport>;
@@ -334,6 +335,7 @@ fn go<E: DmaEngine>(
                 features: 0,
                 port: Box::new(CountingPort::default()),
                 inflight: None,
+                is_resumed: false,
             });
             stopping = false;
         }
