@@ -101,6 +101,6 @@ pub fn program(name: &str) -> PathBuf {
         PathBuf::from,
     );
     let program = folder.join(name);
-    assert!(program.exists(), "{} is not built: cargo build --release", program.display());
+    assert!(program.exists(), "{} is not built: tests/run builds all programs", program.display());
     program
 }
