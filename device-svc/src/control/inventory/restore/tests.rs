@@ -151,6 +151,11 @@ fn after_a_death_a_key_that_a_vm_would_notice_is_refused_by_name() {
     // Nothing of what is remembered has changed; and after an end by itself all of it is applied.
     let (again, _) = start(folder.path(), &config(&["f", "net0"])).unwrap();
     assert!(again.function("disk").is_ok());
+    // One that hands over has not ended, as far as VMs can tell.
+    again.stop_all(true);
+    drop(again);
+    assert!(start(folder.path(), &wrong[4].0).is_err());
+    let (again, _) = start(folder.path(), &config(&["f", "net0"])).unwrap();
     again.stop_all(false);
     drop(again);
     let (again, _) = start(folder.path(), &wrong[4].0).unwrap();
