@@ -11,6 +11,19 @@ use crate::{Card, Namespace, Process, wait_for};
 /// The name of the guest beside a card that has only one.
 const ONLY: &str = "guest";
 
+/// What every guest's shell knows: `measure` is a client of iperf3, which writes its report. A server does not listen before it is there,
+/// nor for a moment between two clients; any other failure is one, and says why.
+const MEASURE: &str = r#"measure() {
+    for i in $(seq 300); do
+        iperf3 --json "$@" >/tmp/measured && { cat /tmp/measured; return; }
+        grep -q "Connection refused" /tmp/measured || break
+        sleep 0.1
+    done
+    cat /tmp/measured >&2
+    false
+}
+"#;
+
 /// How a guest is booted.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestSettings<'a> {
@@ -55,7 +68,7 @@ impl<'a> GuestSettings<'a> {
     #[must_use]
     pub fn boot(&self) -> Process {
         let script = self.folder.join(format!("{}-job.sh", self.name));
-        std::fs::write(&script, self.job).expect("the guest's folder is writable");
+        std::fs::write(&script, MEASURE.to_owned() + self.job).expect("the guest's folder is writable");
         let socket = qmp_socket(self.folder, self.name);
         // That of an earlier guest.
         let _ = std::fs::remove_file(&socket);

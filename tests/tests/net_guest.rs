@@ -111,11 +111,11 @@ fn a_guest_talks_to_the_network() {
             ping -c 2 {OWN}
             ping -c 2 -s 1400 {OWN}
             ping6 -c 2 2001:db8::1
-            iperf3 --json -n 8M --client {OWN} >/tmp/out
-            iperf3 --json -n 8M --reverse --client {OWN} >/tmp/in
-            iperf3 --json -n 4M --client 2001:db8::1 >/tmp/six
-            iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
-            iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
+            measure -n 8M --client {OWN} >/tmp/out
+            measure -n 8M --reverse --client {OWN} >/tmp/in
+            measure -n 4M --client 2001:db8::1 >/tmp/six
+            measure -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
+            measure -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
             for report in out in six udp udp-in; do echo REPORT $report; cat /tmp/$report; done
             ip.iproute2 -s link show eth0
             iperf3 --server --one-off >/tmp/server &
@@ -156,8 +156,8 @@ fn both_queue_pairs_carry_traffic() {
         let job = format!(
             "ethtool -L eth0 combined 2
             ethtool -l eth0
-            iperf3 --json -P 8 -n 16M --client {OWN} >/dev/null
-            iperf3 --json -P 8 -n 16M --reverse --client {OWN} >/dev/null"
+            measure -P 8 -n 16M --client {OWN} >/dev/null
+            measure -P 8 -n 16M --reverse --client {OWN} >/dev/null"
         );
         lab.boot(&job).succeed();
         for way in ["receive", "transmit"] {
@@ -237,8 +237,8 @@ fn what_is_captured_has_right_checksums() {
     let job = format!(
         "ip.iproute2 route add default via {OWN}
         ping -c 2 198.51.100.2
-        iperf3 --json -n 2M --client 198.51.100.2 >/dev/null
-        iperf3 --json -n 2M --reverse --client 198.51.100.2 >/dev/null"
+        measure -n 2M --client 198.51.100.2 >/dev/null
+        measure -n 2M --reverse --client 198.51.100.2 >/dev/null"
     );
     lab.boot(&job).succeed();
     let captured = capture.stop();

@@ -114,12 +114,12 @@ fn guests_reach_each_other_and_the_uplink() {
         ip.iproute2 address add 192.0.2.77/24 dev eth0
         if ping -c 2 -W 1 -I 192.0.2.77 {SECOND}; then exit 1; fi
         ip.iproute2 address del 192.0.2.77/24 dev eth0
-        until iperf3 --json -n 8M --client {SECOND} >/tmp/tcp; do :; done
-        until iperf3 --json -n 8M --reverse --client {SECOND} >/tmp/reverse; do :; done
-        until iperf3 --json -u -b 20M -n 2M -l 1400 --client {SECOND} >/tmp/udp; do :; done
-        until iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {SECOND} >/tmp/udp-reverse; do :; done
-        iperf3 --json -n 8M --client {OWN} >/tmp/out
-        iperf3 --json -n 8M --reverse --client {OWN} >/tmp/in
+        measure -n 8M --client {SECOND} >/tmp/tcp
+        measure -n 8M --reverse --client {SECOND} >/tmp/reverse
+        measure -u -b 20M -n 2M -l 1400 --client {SECOND} >/tmp/udp
+        measure -u -b 20M -n 2M -l 1400 --reverse --client {SECOND} >/tmp/udp-reverse
+        measure -n 8M --client {OWN} >/tmp/out
+        measure -n 8M --reverse --client {OWN} >/tmp/in
         for report in tcp reverse udp udp-reverse out in; do echo REPORT $report; cat /tmp/$report; done
         echo ASKED"
     );
@@ -168,12 +168,12 @@ fn a_driver_says_which_pair_takes_a_flow() {
         ethtool -x eth0
         for weights in '0 1' '1 0'; do
             ethtool -X eth0 weight $weights
-            iperf3 --json -P 4 -n 4M --reverse --client {OWN} >/dev/null
+            measure -P 4 -n 4M --reverse --client {OWN} >/dev/null
             echo PART $weights
             sleep 2
         done
         ethtool -X eth0 equal 2
-        iperf3 --json -P 8 -n 8M --reverse --client {OWN} >/dev/null
+        measure -P 8 -n 8M --reverse --client {OWN} >/dev/null
         echo ALL"
     );
     let mut guest = boot(&card, "guest", FIRST, &device(&card, "vfio-user", "f", "", 2), &job);

@@ -14,11 +14,6 @@ use tests::{
 /// The network inside.
 const OWN: &str = "192.0.2.1";
 const GUEST: &str = "192.0.2.2";
-/// Serves whoever measures, and says so when it does.
-const SERVE: &str = "iperf3 --server &
-    for i in $(seq 300); do netstat -lnt | grep -q :5201 && break; sleep 0.1; done
-    echo READY
-    wait";
 
 /// The other end of a tunnel, with its addresses in `far`; ours are in `near`.
 fn underlay(rig: &Path) -> (Namespace, Namespace) {
@@ -60,6 +55,13 @@ fn boot(card: &Card, name: &str, job: &str, archive: Option<&Path>) -> Process {
     let job = format!("set -e\n{job}");
     let settings = GuestSettings::new(card.folder(), &job, &[]);
     GuestSettings { name, arguments: &["-device", &device, "-smp", "2"], archive, ..settings }.boot()
+}
+
+/// What a guest has said whose work was done; if it was not, the reason may be with the other one.
+fn succeed_beside(mut guest: Process, other: &Process) -> String {
+    let status = guest.end();
+    assert!(status.success(), "{status}:\n{}\nthe other one:\n{}", guest.output(), other.output());
+    guest.output()
 }
 
 /// What a guest does first that has this address in the network inside.
@@ -113,11 +115,11 @@ fn a_guest_talks_to_the_kernels_vxlan() {
             ping -c 2 {OWN}
             ping -c 2 -s 1422 {OWN}
             ping6 -c 2 -s 1402 2001:db8::1
-            iperf3 --json -n {bytes} --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
-            iperf3 --json -n {bytes} -P 4 --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
-            iperf3 --json -n {bytes} --client 2001:db8::1 >/tmp/six
-            iperf3 --json -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
-            iperf3 --json -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
+            measure -n {bytes} --client {OWN} >/tmp/out
+            measure -n {bytes} -P 4 --reverse --client {OWN} >/tmp/in
+            measure -n {bytes} --client 2001:db8::1 >/tmp/six
+            measure -u -b 20M -n 2M -l 1400 --client {OWN} >/tmp/udp
+            measure -u -b 20M -n 2M -l 1400 --reverse --client {OWN} >/tmp/udp-in
             for report in out in six udp udp-in; do echo REPORT $report; cat /tmp/$report; done
             iperf3 --server --one-off >/tmp/server &
             until grep -q ':1451 [0:]* 0A' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
@@ -201,7 +203,7 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
             ip.iproute2 link set eth0.5 up\n"
         )
     };
-    let mut server = boot(&card, "b", &(set_up(1) + &tagged(1) + SERVE), None);
+    let mut server = boot(&card, "b", &(set_up(1) + &tagged(1) + "echo READY\niperf3 --server"), None);
     server.wait_for_output("READY\r");
     let job = set_up(2)
         + &tagged(2)
@@ -210,11 +212,11 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
             ping -c 2 -s 1402 {OWN}
             ping6 -c 2 2001:db8::1
             ping -c 2 -s 1398 198.51.100.1
-            iperf3 --json -P 4 -n 2M --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
-            iperf3 --json -P 4 -n 2M --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
+            measure -P 4 -n 2M --client {OWN} >/tmp/out
+            measure -P 4 -n 2M --reverse --client {OWN} >/tmp/in
             for report in out in; do echo REPORT $report; cat /tmp/$report; done"
         );
-    let output = boot(&card, "a", &job, None).succeed();
+    let output = succeed_beside(boot(&card, "a", &job, None), &server);
     assert_eq!(output.matches(" 0% packet loss").count(), 3, "{output}");
     for name in ["out", "in"] {
         let report = report(&output, name);
@@ -275,7 +277,8 @@ fn a_guest_talks_to_another_kernels_geneve() {
         ip.iproute2 link set gen0 mtu 1450 up
         ip.iproute2 address add {OWN}/24 dev gen0
         ip.iproute2 address add 2001:db8::1/64 dev gen0 nodad
-        {SERVE}"
+        echo READY
+        iperf3 --server"
     );
     let mut peer = boot(&card, "p", &peer, Some(&archive));
     peer.wait_for_output("READY\r");
@@ -285,11 +288,11 @@ fn a_guest_talks_to_another_kernels_geneve() {
             "reach {OWN}
             ping -c 2 -s 1422 {OWN}
             ping6 -c 2 2001:db8::1
-            iperf3 --json -n 2M --client {OWN} >/tmp/out || {{ cat /tmp/out; exit 1; }}
-            iperf3 --json -n 2M --reverse --client {OWN} >/tmp/in || {{ cat /tmp/in; exit 1; }}
+            measure -n 2M --client {OWN} >/tmp/out
+            measure -n 2M --reverse --client {OWN} >/tmp/in
             for report in out in; do echo REPORT $report; cat /tmp/$report; done"
         );
-    let output = boot(&card, "a", &job, None).succeed();
+    let output = succeed_beside(boot(&card, "a", &job, None), &peer);
     assert_eq!(output.matches(" 0% packet loss").count(), 2, "{output}");
     for name in ["out", "in"] {
         assert!(report(&output, name).received_bytes >= 7 << 18, "{name}: {output}");

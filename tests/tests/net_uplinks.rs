@@ -116,10 +116,10 @@ fn a_guest_talks_to_the_network() {
                 echo SERVES $number
                 wait
             done
-            until iperf3 --json -n 1M --client {OWN} >/tmp/first; do sleep 0.2; done
-            iperf3 --json -n 1M --reverse --client {OWN} >/tmp/in
-            iperf3 --json -n 1M --client 2001:db8::1 >/tmp/six
-            iperf3 --json -u -b 10M -n 1M -l 1400 --client {OWN} >/tmp/udp
+            measure -n 1M --client {OWN} >/tmp/first
+            measure -n 1M --reverse --client {OWN} >/tmp/in
+            measure -n 1M --client 2001:db8::1 >/tmp/six
+            measure -u -b 10M -n 1M -l 1400 --client {OWN} >/tmp/udp
             ping -c 2 {OWN}
             echo ALL"
         ));
@@ -168,8 +168,8 @@ fn both_queue_pairs_carry_traffic() {
         let _server = IperfServer::start(&lab.far);
         let job = format!(
             "ethtool -L eth0 combined 2
-            until iperf3 --json -P 8 -n 8M --client {OWN} >/tmp/out; do sleep 0.2; done
-            iperf3 --json -P 8 -n 8M --reverse --client {OWN} >/tmp/in"
+            measure -P 8 -n 8M --client {OWN} >/tmp/out
+            measure -P 8 -n 8M --reverse --client {OWN} >/tmp/in"
         );
         lab.boot(&job).succeed();
         let stats: serde_json::Value =

@@ -251,9 +251,9 @@ queue-pairs = {pairs}
         ip.iproute2 link set eth0 up
         ping -c 2 {OWN}
         echo OUT
-        iperf3 -b 40M -n 40M --client {OWN}
+        measure -b 40M -n 40M --client {OWN} >/dev/null
         echo IN
-        iperf3 -b 40M -n 40M --reverse --client {OWN}
+        measure -b 40M -n 40M --reverse --client {OWN} >/dev/null
         ping -c 30 -i 0.1 {OWN}
         echo ALL"
     );
