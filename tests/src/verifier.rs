@@ -26,8 +26,8 @@ enum Awaited {
 
 /// How it reaches the card.
 enum Link {
-    /// It connects again, and has the record.
-    VhostUser(Box<FrontEnd>, InflightRecord),
+    /// It connects again, and may have the record.
+    VhostUser(Box<FrontEnd>, Option<InflightRecord>),
     /// Its connection outlives the card.
     VfioUser(Box<VfioUserDevice>),
 }
@@ -51,10 +51,19 @@ impl Verifier {
     /// A driver at a vhost-user socket; the card offers it the record of requests in flight. Of `wanted` feature bits those are used that
     /// are offered.
     pub fn connect(socket: &Path, wanted: u64) -> Self {
+        Self::connect_by_vhost_user(socket, wanted, true)
+    }
+
+    /// The same, of a front end that keeps no record.
+    pub fn connect_without_record(socket: &Path, wanted: u64) -> Self {
+        Self::connect_by_vhost_user(socket, wanted, false)
+    }
+
+    fn connect_by_vhost_user(socket: &Path, wanted: u64, has_record: bool) -> Self {
         let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());
         let mut front_end = FrontEnd::connect(socket, wanted, Arc::clone(&memory)).unwrap();
-        let record = front_end.make_record(1, QUEUE_SIZE).unwrap();
-        front_end.hand_over_record(&record).unwrap();
+        let record = has_record.then(|| front_end.make_record(1, QUEUE_SIZE).unwrap());
+        record.iter().for_each(|record| front_end.hand_over_record(record).unwrap());
         let mut queue = Self::queue(&memory, front_end.accepted());
         let events = front_end.start_queue(0, QUEUE_SIZE, queue.queue()).unwrap();
         Self::new(memory, Link::VhostUser(Box::new(front_end), record), queue, events)
@@ -88,13 +97,15 @@ impl Verifier {
         }
     }
 
-    /// Comes again after the card's end, if it has to: same memory, same rings, same record.
+    /// Comes again after the card's end, if it has to: same memory, same rings, same record if it has one.
     pub fn reconnect(&mut self, socket: &Path) {
         let Link::VhostUser(front_end, record) = &mut self.link else { return };
         let wanted = front_end.accepted();
+        // A service that the keeper has started may not listen yet.
+        crate::wait_for("the card to listen", || std::os::unix::net::UnixStream::connect(socket).is_ok());
         **front_end = FrontEnd::connect(socket, wanted, Arc::clone(&self.memory)).unwrap();
         assert_eq!(front_end.accepted(), wanted);
-        front_end.hand_over_record(record).unwrap();
+        record.iter().for_each(|record| front_end.hand_over_record(record).unwrap());
         self.events = front_end.start_queue(0, QUEUE_SIZE, self.queue.queue()).unwrap();
     }
 

@@ -62,11 +62,14 @@ fn survive_over_vhost_user(wanted: u64) {
 fn survive_over_vfio_user(wanted: u64, sharing: Sharing, more: &str) {
     let card = Card::start(&vfio_user_disk(more));
     let verifier = Verifier::connect_by_vfio_user(&card.path("f.sock"), wanted, sharing);
-    survive(card, verifier, |card| {
-        let service = card.service_id();
-        card.kill_service(Signal::SIGKILL);
-        wait_for("another service", || card.service_id().is_some_and(|id| Some(id) != service));
-    });
+    survive(card, verifier, kill_service);
+}
+
+/// Kills the service, and waits until the keeper has started another.
+fn kill_service(card: &mut Card) {
+    let service = card.service_id();
+    card.kill_service(Signal::SIGKILL);
+    wait_for("another service", || card.service_id().is_some_and(|id| Some(id) != service));
 }
 
 #[test]
@@ -77,6 +80,23 @@ fn a_card_that_is_killed_loses_nothing_of_a_split_ring() {
 #[test]
 fn a_card_that_is_killed_loses_nothing_of_a_packed_ring() {
     survive_over_vhost_user(features::EVENT_INDEX | features::RING_PACKED);
+}
+
+/// The keeper has the record, and the front end says that its ring begins at 0.
+fn survive_without_a_record(wanted: u64) {
+    let card = Card::start(&CardSettings { parts: DISK.to_owned(), keeper: true, ..CardSettings::default() });
+    let verifier = Verifier::connect_without_record(&card.path("f.sock"), wanted);
+    survive(card, verifier, kill_service);
+}
+
+#[test]
+fn a_front_end_that_keeps_no_record_loses_nothing_of_a_split_ring() {
+    survive_without_a_record(features::EVENT_INDEX);
+}
+
+#[test]
+fn a_front_end_that_keeps_no_record_loses_nothing_of_a_packed_ring() {
+    survive_without_a_record(features::EVENT_INDEX | features::RING_PACKED);
 }
 
 #[test]

@@ -119,7 +119,7 @@ fn start_link(
                 SocketMode::Client => Role::Client,
             };
             let settings = VhostUserSettings { function, socket, role };
-            VhostUserLink::start(settings, side).map(|link| Link::VhostUser { _link: link })
+            VhostUserLink::start(settings, side, tether.as_ref()).map(|link| Link::VhostUser { _link: link })
         }
         LinkKind::VfioUser { notify, msix } => {
             let mapped = notify == NotifyConfig::Mapped;

@@ -250,6 +250,26 @@ impl QueueRecord {
         self.identity
     }
 
+    /// Whether anybody has written to it.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        // At the same place for both kinds of ring.
+        self.region::<SplitHeader, SplitEntry>(0).header().version.get() == VERSION
+    }
+
+    /// Of a split ring: the used index up to which it is known what has ended.
+    #[must_use]
+    pub fn used_index(&self) -> u16 {
+        self.region::<SplitHeader, SplitEntry>(0).header().used_idx.get()
+    }
+
+    /// Of a split ring of `size` entries: whether more was fetched than such a ring holds, so that something of it has ended.
+    #[must_use]
+    pub fn has_completed(&self, size: u16) -> bool {
+        let region = self.region::<SplitHeader, SplitEntry>(self.entries);
+        region.entries().iter().any(|entry| entry.inflight.get() != 0 && entry.counter.get() > size.into())
+    }
+
     /// The region as that of one kind of ring. Panics if it does not fit: a record is made for one kind, and its area has checked
     /// that it fits.
     fn region<H: memory::Shared, E: memory::Shared>(&self, entries: u16) -> memory::Region<H, E> {

@@ -10,7 +10,7 @@
 //! A VMM that speaks vfio-user does not connect again, so the keeper holds its connection and everything that came with it: memory,
 //! events, the function's registers, the record of requests in flight. The service converses through it (`crate::tether`). When
 //! the service dies, another is started, which claims each function's connection and goes on. vhost-user front ends connect again
-//! by themselves, and bring their record along; they are left to do so.
+//! by themselves, and are left to do so; most bring their record along, and for those that keep none there is a file here.
 //!
 //! The keeper touches no storage: whoever waits for a dead service's lock on a volume waits for that service alone. If the keeper
 //! itself dies, the service ends too, in good order, and VMMs on vfio-user lose their devices.
@@ -34,7 +34,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::connection::{Connection, pair};
 use self::service::{Program, Restarts, Service};
-use crate::tether::{Answer, Question, receive, send};
+use crate::tether::{Answer, Question, TetherError, receive, send};
 
 /// How long a program that is to take over may take until it stands by.
 const STAND_BY_TIME_MAX: Duration = Duration::from_secs(20);
@@ -80,6 +80,8 @@ struct Keeper<R: FnMut()> {
     due: Option<Instant>,
     connections: HashMap<String, (u64, Arc<Connection>)>,
     numbers: u64,
+    /// Files of functions, and whether this service knows of them.
+    files: HashMap<String, (OwnedFd, bool)>,
     /// Connections that this service knows.
     known: Vec<u64>,
     on_ready: R,
@@ -118,6 +120,7 @@ pub fn run(on_ready: impl FnMut()) -> Result<ExitCode, KeeperError> {
         due: None,
         connections: HashMap::new(),
         numbers: 0,
+        files: HashMap::new(),
         known: Vec::new(),
         on_ready,
         stopping: false,
@@ -206,6 +209,7 @@ impl<R: FnMut()> Keeper<R> {
             let lived = service.lived();
             self.service = None;
             self.known.clear();
+            self.files.values_mut().for_each(|(_, is_known)| *is_known = false);
             let handed_over = std::mem::take(&mut self.hands_over);
             self.patience = None;
             if self.stopping {
@@ -302,6 +306,10 @@ impl<R: FnMut()> Keeper<R> {
         let Some(service) = &mut self.service else { return };
         let (question, fds) = match receive::<Question>(&service.socket()) {
             Ok(heard) => heard,
+            // Of a later version, which does without what it cannot have.
+            Err(TetherError::Foreign(error)) => {
+                return self.answer(&Answer::Refused { why: error.to_string() }, &[]);
+            }
             Err(error) => {
                 tracing::debug!(%error, "the service says no more");
                 service.hang_up();
@@ -316,9 +324,18 @@ impl<R: FnMut()> Keeper<R> {
                 self.known.retain(|known| *known != number);
                 self.answer(&Answer::Done, &[]);
             }
+            Question::KeepFile { function } => self.keep_file(function, fds),
+            Question::ClaimFile { function } => self.claim_file(&function),
+            Question::DropFile { function } => {
+                self.files.remove(&function);
+                self.answer(&Answer::Done, &[]);
+            }
             Question::Await { function } => {
                 if let Some((number, _)) = self.connections.get(&function) {
                     self.known.push(*number);
+                }
+                if let Some((_, is_known)) = self.files.get_mut(&function) {
+                    *is_known = true;
                 }
                 self.answer(&Answer::Done, &[]);
             }
@@ -370,6 +387,25 @@ impl<R: FnMut()> Keeper<R> {
         }
     }
 
+    fn keep_file(&mut self, function: String, fds: Vec<OwnedFd>) {
+        let Ok([file]) = <[OwnedFd; 1]>::try_from(fds) else {
+            return self.answer(&Answer::Refused { why: "a descriptor is needed".to_owned() }, &[]);
+        };
+        self.files.insert(function, (file, true));
+        self.answer(&Answer::Done, &[]);
+    }
+
+    fn claim_file(&mut self, function: &str) {
+        let Some((file, is_known)) = self.files.get_mut(function) else {
+            return self.answer(&Answer::Nothing, &[]);
+        };
+        *is_known = true;
+        match file.try_clone() {
+            Ok(file) => self.answer(&Answer::Done, &[file]),
+            Err(error) => self.answer(&Answer::Refused { why: error.to_string() }, &[]),
+        }
+    }
+
     /// Ends connections, by their numbers. Returns whose they were.
     fn end_those(&mut self, is_meant: impl Fn(u64) -> bool) -> Vec<String> {
         let ended = self.connections.extract_if(|_, (number, _)| is_meant(*number));
@@ -393,6 +429,7 @@ impl<R: FnMut()> Keeper<R> {
             tracing::warn!(function, "nobody serves this function any more; its VMM's connection ends");
         }
         self.known = known;
+        self.files.retain(|_, (_, is_known)| *is_known);
         (self.on_ready)();
         self.answer(&Answer::Done, &[]);
     }

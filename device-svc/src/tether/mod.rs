@@ -9,6 +9,7 @@
 //! of the same program, or of a version next to it.
 #![expect(unsafe_code, reason = "takes ownership of descriptors that the kernel has just made for us")]
 
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -46,7 +47,22 @@ pub enum Question {
         /// The connection's number.
         number: u64,
     },
-    /// This function has failed, and will claim its connection when it runs again.
+    /// Keep this file, which is a function's, instead of one before. Beside it: the file.
+    KeepFile {
+        /// The function.
+        function: String,
+    },
+    /// Is there a file of this function? Answered with the file.
+    ClaimFile {
+        /// The function.
+        function: String,
+    },
+    /// The file of this function is of no use any more.
+    DropFile {
+        /// The function.
+        function: String,
+    },
+    /// This function has failed, and will claim its connection, or its file, when it runs again.
     Await {
         /// The function.
         function: String,
@@ -186,6 +202,15 @@ pub struct KeptConnection {
     is_refused: AtomicBool,
 }
 
+/// A file that the keeper holds too, for a service that comes after this one. Dropping it has the keeper let go of it; not so if the
+/// service makes room for another, or did not get to serve.
+#[derive(Debug)]
+pub struct KeptFile {
+    tether: Arc<Tether>,
+    function: String,
+    file: File,
+}
+
 /// A connection that was there before this service was.
 #[derive(Debug)]
 pub struct Claimed {
@@ -266,6 +291,30 @@ impl Tether {
         Ok(Some(Claimed { connection, stream: stream.into(), vmm: vmm.into() }))
     }
 
+    /// The file of `function` that a service before has left, if it `fits`, or else the one that `make` makes.
+    ///
+    /// # Errors
+    /// When the keeper does not take one, or none can be made.
+    pub fn file(
+        self: &Arc<Self>,
+        function: &str,
+        fits: impl FnOnce(&File) -> bool,
+        make: impl FnOnce() -> std::io::Result<File>,
+    ) -> Result<KeptFile, TetherError> {
+        let function = function.to_owned();
+        let (_, fds) = self.ask(&Question::ClaimFile { function: function.clone() }, &[])?;
+        let claimed = fds.into_iter().next().map(File::from).filter(fits);
+        let file = match claimed {
+            Some(file) => file,
+            None => {
+                let file = make().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+                self.ask(&Question::KeepFile { function: function.clone() }, &[file.as_fd()])?;
+                file
+            }
+        };
+        Ok(KeptFile { tether: Arc::clone(self), function, file })
+    }
+
     /// All functions are there; those of `failed` are not yet, and keep their VMMs. Waits until those that a service before has left go on.
     ///
     /// # Errors
@@ -338,6 +387,25 @@ impl Drop for KeptConnection {
             && let Err(error) = tether.ask(&Question::End { number: self.number }, &[])
         {
             tracing::debug!(%error, "a connection ends without its keeper");
+        }
+    }
+}
+
+impl KeptFile {
+    /// The file.
+    #[must_use]
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Drop for KeptFile {
+    fn drop(&mut self) {
+        let question = Question::DropFile { function: self.function.clone() };
+        if !self.tether.is_for_another()
+            && let Err(error) = self.tether.ask(&question, &[])
+        {
+            tracing::debug!(%error, "a file is dropped without its keeper");
         }
     }
 }

@@ -5,6 +5,7 @@
 //!        └► session.rs      one front end's conversation: messages in, answers out
 //!             ├► regions.rs the memory that it shares
 //!             ├► ring.rs    each ring's parameters, and when it runs
+//!             ├► own_record.rs  the record of requests in flight for a front end that keeps none
 //!             ├► resume.rs  where a packed ring goes on whose card died
 //!             ├► port.rs    doorbell and interrupt of a running ring
 //!             └► channel.rs what the card tells the front end
@@ -16,6 +17,7 @@
 
 mod channel;
 mod client;
+mod own_record;
 mod port;
 mod regions;
 mod resume;
@@ -30,8 +32,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use self::own_record::OwnRecord;
 use super::listening::Listening;
 use super::{FunctionSide, LinkError, drain};
+use crate::tether::Tether;
 
 /// Where and how a link meets its front end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -60,6 +64,8 @@ pub enum Role {
 struct Shared {
     settings: VhostUserSettings,
     function: Arc<dyn FunctionSide>,
+    /// For a front end that keeps no record of requests in flight.
+    own_record: Option<Arc<OwnRecord>>,
     stopping: AtomicBool,
     /// The connection that is served, so that its owner can end a read that blocks.
     connection: Mutex<Option<UnixStream>>,
@@ -82,7 +88,7 @@ impl Shared {
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
         // The owner may have looked for a connection just before there was one.
         if !self.is_stopping() {
-            session::run(stream, &self.settings.function, &self.function, &self.stopping);
+            session::run(stream, &self.settings.function, &self.function, self.own_record.as_ref(), &self.stopping);
         }
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -111,11 +117,16 @@ pub struct VhostUserLink {
 }
 
 impl VhostUserLink {
-    /// Starts to listen, or to connect, for `function`.
+    /// Starts to listen, or to connect, for `function`. What is in flight is recorded in a file that `tether` leads to, if there is one
+    /// and the front end keeps no record itself.
     ///
     /// # Errors
     /// When the socket is in use or cannot be made.
-    pub fn start(settings: VhostUserSettings, function: Arc<dyn FunctionSide>) -> Result<Self, LinkError> {
+    pub fn start(
+        settings: VhostUserSettings,
+        function: Arc<dyn FunctionSide>,
+        tether: Option<&Arc<Tether>>,
+    ) -> Result<Self, LinkError> {
         let path = settings.socket.clone();
         let system = |error| LinkError::System { path: path.clone(), error };
         let waker = Arc::new(
@@ -130,8 +141,9 @@ impl VhostUserLink {
             Role::Client => None,
         };
         let name = format!("link {}", settings.function);
-        let shared =
-            Arc::new(Shared { settings, function, stopping: AtomicBool::new(false), connection: Mutex::new(None) });
+        let own_record = own_record(&settings.function, function.as_ref(), tether);
+        let (stopping, connection) = (AtomicBool::new(false), Mutex::new(None));
+        let shared = Arc::new(Shared { settings, function, own_record, stopping, connection });
         let (theirs, wake) = (Arc::clone(&shared), Arc::clone(&waker));
         // The kernel keeps 15 bytes of a thread's name.
         let thread = std::thread::Builder::new()
@@ -153,6 +165,18 @@ impl VhostUserLink {
             && thread.join().is_err()
         {
             tracing::error!(function = %self.shared.settings.function, "the link's thread panicked");
+        }
+    }
+}
+
+/// A record of ours, where it is of use. Without one the function serves all the same.
+fn own_record(name: &str, function: &dyn FunctionSide, tether: Option<&Arc<Tether>>) -> Option<Arc<OwnRecord>> {
+    let tether = tether.filter(|_| function.network().is_none())?;
+    match OwnRecord::open(tether, name, function.queue_count(), function.queue_size_max()) {
+        Ok(record) => Some(Arc::new(record)),
+        Err(error) => {
+            tracing::warn!(function = name, %error, "what is in flight can only be recorded by the front end");
+            None
         }
     }
 }

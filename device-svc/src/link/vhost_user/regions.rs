@@ -4,6 +4,7 @@
 //! it is in its file.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use crate::address::{FrontEndAddress, Iova};
@@ -21,12 +22,19 @@ pub(super) struct Slot {
     pub(super) file_offset: u64,
 }
 
+/// Which file a region is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct FileIdentity {
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
 /// The table.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Regions {
     /// A table that replaces another shares its mappings: what is in flight in memory that both have need not end.
     files: MemoryFiles,
-    slots: Vec<Slot>,
+    slots: Vec<(Slot, FileIdentity)>,
     memory: Arc<HostMemory>,
 }
 
@@ -49,12 +57,14 @@ impl Regions {
         if slot.front_end.0.checked_add(slot.length).is_none() {
             return Err(bad);
         }
+        let metadata = file.metadata().map_err(|error| MemoryError::BadFile(error.to_string()))?;
+        let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
         let mut files = self.files.clone();
         let (mapping, offset) = files.map(file, slot.file_offset, slot.length, Access::Both)?;
         let region = Region::new(slot.guest, slot.length, mapping, offset)?;
         let memory = Arc::new(HostMemory::new(self.memory.regions().into_iter().chain([region]))?);
         let mut slots = self.slots.clone();
-        slots.push(slot);
+        slots.push((slot, identity));
         Ok(Self { files, slots, memory })
     }
 
@@ -63,7 +73,7 @@ impl Regions {
         let at = self
             .slots
             .iter()
-            .position(|other| {
+            .position(|(other, _)| {
                 other.guest == slot.guest && other.length == slot.length && other.front_end == slot.front_end
             })
             .ok_or(MemoryError::Absent { start: slot.guest, length: slot.length })?;
@@ -81,9 +91,18 @@ impl Regions {
 
     /// Where the guest sees what the front end has at `address`.
     pub(super) fn translate(&self, address: FrontEndAddress) -> Option<Iova> {
-        self.slots.iter().find_map(|slot| {
+        self.find(address).map(|(at, _)| at)
+    }
+
+    /// Which file the front end has at `address`.
+    pub(super) fn file_of(&self, address: FrontEndAddress) -> Option<FileIdentity> {
+        self.find(address).map(|(_, identity)| identity)
+    }
+
+    fn find(&self, address: FrontEndAddress) -> Option<(Iova, FileIdentity)> {
+        self.slots.iter().find_map(|(slot, identity)| {
             let inside = address.0.checked_sub(slot.front_end.0)?;
-            (inside < slot.length).then(|| Iova(slot.guest.0 + inside))
+            (inside < slot.length).then_some((Iova(slot.guest.0 + inside), *identity))
         })
     }
 }

@@ -19,13 +19,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::channel::{Channel, NetMessage, Peeked};
+use super::own_record::OwnRecord;
 use super::regions::{Regions, SLOTS_MAX, Slot};
 use super::resume;
 use super::ring::{Ring, RingAddresses, decode_base, encode_base};
 use crate::address::{FrontEndAddress, Iova};
 use crate::inflight::{AreaError, AreaShape, RecordArea};
 use crate::link::event::Event;
-use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition};
+use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueStart};
 use crate::virtqueue::features;
 
 /// Bytes of a configuration space that are read or written at most (virtio 1.3 has none larger).
@@ -74,13 +75,21 @@ struct Session {
     accepted: u64,
     /// The record of requests in flight, where the front end keeps one.
     inflight: Option<RecordArea>,
+    /// For a front end that keeps none.
+    own_record: Option<Arc<OwnRecord>>,
     protocol: bool,
     /// REPLY_ACK was negotiated.
     replies: bool,
 }
 
 /// Converses until the front end hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
-pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSide>, stopping: &AtomicBool) {
+pub(super) fn run(
+    stream: UnixStream,
+    name: &str,
+    function: &Arc<dyn FunctionSide>,
+    own_record: Option<&Arc<OwnRecord>>,
+    stopping: &AtomicBool,
+) {
     let rings = usize::from(function.queue_count());
     let events = Arc::new(Events {
         errors: Mutex::new(std::iter::repeat_with(|| None).take(rings).collect()),
@@ -95,6 +104,7 @@ pub(super) fn run(stream: UnixStream, name: &str, function: &Arc<dyn FunctionSid
         rings: std::iter::repeat_with(Ring::default).take(rings).collect(),
         accepted: 0,
         inflight: None,
+        own_record: own_record.cloned(),
         protocol: false,
         replies: false,
     };
@@ -197,7 +207,7 @@ impl Session {
                 return Err(self.refuse_as(GUEST_FAULT, "a ring cannot start", &why));
             }
             let ring = &mut self.rings[usize::from(number)];
-            (ring.running, ring.ran) = (true, true);
+            (ring.running, ring.ran, ring.moved) = (true, true, false);
         }
         Ok(())
     }
@@ -212,9 +222,22 @@ impl Session {
             resume::correct(&mut start, in_order, self.regions.memory());
         }
         let is_fresh = start.position == QueuePosition::fresh(self.packed()) && start.inflight.is_none();
-        start.is_resumed = !is_fresh && !self.rings[usize::from(number)].ran;
+        let goes_on = self.attach_own_record(&mut start, number).map_err(|error| error.to_string())?;
+        start.is_resumed = (goes_on || !is_fresh) && !self.rings[usize::from(number)].ran;
         tracing::debug!(function = %self.name, ring = number, ?start.position, start.size, "a ring starts");
         self.function.start_queue(start).map_err(|why| why.to_string())
+    }
+
+    /// Has a ring recorded by ourselves, if the front end does not. Returns whether it goes on by what is recorded.
+    fn attach_own_record(&self, start: &mut QueueStart, number: u16) -> std::io::Result<bool> {
+        let Ring { addresses, ran, moved, .. } = &self.rings[usize::from(number)];
+        let file = addresses.and_then(|addresses| self.regions.file_of(addresses.descriptors));
+        match (&self.own_record, file) {
+            (Some(own), Some(file)) if start.inflight.is_none() => {
+                own.attach(start, self.packed(), *ran && !*moved, file, self.regions.memory())
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Goes over to another table. A ring that it moves or takes away stops first: a front end changes a region by removing it
@@ -261,6 +284,9 @@ impl Session {
         // A front end that keeps its record over a reset shall not find in it what was before.
         if let Some(area) = self.inflight.take() {
             area.forget();
+        }
+        if let Some(own) = &self.own_record {
+            own.forget();
         }
         for ring in &mut self.rings {
             *ring = Ring::default();
@@ -404,7 +430,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         let position = decode_base(base, packed).map_err(|why| self.refuse("a ring's base", why))?;
         self.halt(number);
         let known = self.rings[usize::from(number)].position.filter(|known| encode_base(*known, packed) == base);
-        self.rings[usize::from(number)].position = Some(known.unwrap_or(position));
+        let ring = &mut self.rings[usize::from(number)];
+        ring.moved |= known.is_none();
+        ring.position = Some(known.unwrap_or(position));
         self.settle(number, true)
     }
 

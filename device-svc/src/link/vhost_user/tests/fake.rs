@@ -186,7 +186,7 @@ impl Bed {
         let folder = tempfile::tempdir().unwrap();
         let function = Arc::new(FakeFunction::default());
         let settings = VhostUserSettings { function: name.to_owned(), socket: folder.path().join("f.sock"), role };
-        let link = VhostUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>).unwrap();
+        let link = VhostUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>, None).unwrap();
         Self { link, function, name: name.to_owned(), folder }
     }
 

@@ -13,7 +13,7 @@ fn settings(socket: &std::path::Path, role: Role) -> VhostUserSettings {
 }
 
 fn start(settings: VhostUserSettings) -> Result<VhostUserLink, LinkError> {
-    VhostUserLink::start(settings, Arc::new(FakeFunction::default()))
+    VhostUserLink::start(settings, Arc::new(FakeFunction::default()), None)
 }
 
 #[test]
