@@ -72,6 +72,15 @@ impl Server {
         Ok(())
     }
 
+    /// Has the same program take over Dray's service. Ends when it serves.
+    pub(crate) fn update(&self, cpus: Cpus) -> Result<Child> {
+        let control = format!("unix:{}", self.folder.join("card.sock").display());
+        let program = device_svc()?;
+        let mut command = Command::new(&program);
+        command.args(["update", "--control", &control, "--binary"]).arg(&program).stdout(Stdio::null());
+        cpus.on_server(|| command.spawn()).context("start device-svc update")
+    }
+
     /// Reads and DMA transactions of Dray's function 0 so far.
     pub(crate) fn reads_and_transactions(&self) -> Result<(f64, f64)> {
         let function = self.function()?;

@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   kill     from SIGKILL to the first request that completes
+//!   update   how long VMs wait while another program takes over the card
 //!   record   instructions of each request, with the record of what is in flight and without
 //!   lane     what they are counted of
+//!   driver   what loads the card that is killed or updated
 //! ```
 
+mod driver;
 mod kill;
 mod lane;
 mod record;
+mod update;
 
 use std::time::Instant;
 
@@ -25,6 +29,8 @@ pub(crate) use lane::{Lane, run as run_lane};
 pub(crate) enum Part {
     /// The time from SIGKILL to the first request that completes
     Kill,
+    /// How long VMs wait while another program takes over the card
+    Update,
     /// Instructions of each request, with the record and without; wants valgrind
     Record,
 }
@@ -53,7 +59,8 @@ pub(crate) fn measure(arguments: &RecoveryArguments) -> Result<Report> {
     let kills = if arguments.quick { 10 } else { 50 };
     let folder = tempfile::Builder::new().prefix("dray-bench").tempdir()?;
     let mut run = Run { cpus, kills, folder, rows: Vec::new(), start: Instant::now() };
-    let parts: [(Part, Measure); 2] = [(Part::Kill, kill::measure), (Part::Record, record::measure)];
+    let parts: [(Part, Measure); 3] =
+        [(Part::Kill, kill::measure), (Part::Update, update::measure), (Part::Record, record::measure)];
     let before = load_average();
     for (part, measure) in parts {
         if arguments.only.is_empty() || arguments.only.contains(&part) {
@@ -61,7 +68,7 @@ pub(crate) fn measure(arguments: &RecoveryArguments) -> Result<Report> {
         }
     }
     let about = format!(
-        "{}, CPU {} serves, CPU {} loads; {kills} kills; {:.0} s; load average {before} before, {} after",
+        "{}, CPU {} serves, CPU {} loads; {kills} kills, and as many updates; {:.0} s; load average {before} before, {} after",
         processor(),
         cpus.server,
         cpus.load,
