@@ -4,8 +4,11 @@
 //! next place on, as many as the batch before took. A batch of used descriptors becomes visible with the flags of its first
 //! one, which are written last.
 
+mod deliver;
+
 use std::collections::VecDeque;
 
+use self::deliver::{Delivery, Found, Unrecorded};
 use super::{CardLayout, FETCH_MAX, FETCH_WHOLE_MAX, Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
@@ -13,8 +16,8 @@ use crate::inflight::{PackedRecord, RecordFault, RecordedChain};
 use crate::link::{QueuePosition, QueueStart};
 use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place, mark};
 use crate::virtqueue::{
-    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, PackedDescriptor, QueueAddresses, RingFault,
-    SEGMENTS_MAX, Step, features,
+    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, PackedDescriptor, QueueAddresses, RingFault, SEGMENTS_MAX,
+    features,
 };
 
 /// Card memory for the indirect tables of one batch.
@@ -33,17 +36,6 @@ enum Fetching {
     Slots(Ticket),
     /// The indirect tables of the chains that were found are on their way.
     Tables(Ticket),
-}
-
-/// A chain that was found.
-#[derive(Clone, Copy, Default)]
-struct Found {
-    first: u16,
-    slots: u16,
-    /// What the record calls it.
-    entry: u16,
-    table: CardAddress,
-    table_count: u32,
 }
 
 /// A used descriptor that is staged: its slot and flags, and what the record calls its chain.
@@ -383,72 +375,28 @@ impl PackedMirror {
         Ok(())
     }
 
-    /// Takes the chains that were found off the ring, with a record into that as well, before anything of them has begun.
-    #[inline]
-    fn take<E: DmaEngine>(&mut self, engine: &E) -> Result<(), QueueFault> {
-        let found = &mut self.found[..usize::from(self.found_count)];
-        match &mut self.recorded {
-            Some(recorded) if recorded.is_again => {
-                for (found, chain) in found.iter_mut().zip(recorded.again.drain(..usize::from(self.found_count))) {
-                    found.entry = chain.entry;
-                }
-            }
-            Some(recorded) => {
-                // What does not fit is the driver's fault, and then none of the batch is taken.
-                self.ring.take(self.found_slots)?;
-                let (card, at, size) = (engine.card(), self.places.descriptors, self.ring.size());
-                recorded.record.mark(|marking| {
-                    for Found { first, slots, entry, .. } in found {
-                        let until_end = size - *first;
-                        let descriptors = card.values(at.add(16 * u32::from(*first)), until_end.min(*slots));
-                        *entry = if *slots <= until_end {
-                            marking.chain(*slots, descriptors)
-                        } else {
-                            marking.chain(*slots, descriptors.chain(card.values(at, *slots - until_end)))
-                        };
-                    }
-                });
-            }
-            None => {}
-        }
-        Ok(())
-    }
-
-    /// Walks the chains that were found and hands them over.
+    /// Takes the chains that were found off the ring, walks them and hands them over; with a record they are in it when this returns.
     #[inline]
     fn deliver<E: DmaEngine>(
         &mut self,
         engine: &mut E,
         sink: &mut impl FnMut(&mut E, Chain<'_>),
     ) -> Result<(), QueueFault> {
-        self.take(engine)?;
-        let is_taken = self.recorded.is_some();
-        let again = self.recorded.as_ref().is_some_and(|recorded| recorded.is_again);
-        let size = self.ring.size();
-        for index in 0..self.found_count {
-            let found = self.found[usize::from(index)];
-            self.walk.begin();
-            let (mut slot, mut left, mut id) = (found.first, found.slots, 0);
-            while left > 0 {
-                let PackedDescriptor { address, length, id: buffer, flags } = self.descriptor(engine, slot);
-                id = buffer;
-                if let Step::Indirect { .. } = self.walk.step(Descriptor { address, length, flags, next: 0 })? {
-                    let card = engine.card();
-                    // The table's entries have the ring's layout, flags last (virtio 1.3, 2.8.7).
-                    self.walk.walk_list(found.table_count, |at| {
-                        let entry: PackedDescriptor = card.get(found.table.add(16 * at));
-                        Descriptor { address: entry.address, length: entry.length, flags: entry.flags, next: 0 }
-                    })?;
+        let found = &mut self.found[..usize::from(self.found_count)];
+        let mut delivery =
+            Delivery { ring: &mut self.ring, walk: &mut self.walk, descriptors: self.places.descriptors };
+        match self.recorded.as_deref_mut() {
+            None => delivery.deliver(engine, found, false, &mut Unrecorded, sink),
+            Some(Recorded { is_again: true, again, .. }) => {
+                for (found, chain) in found.iter_mut().zip(again.drain(..usize::from(self.found_count))) {
+                    found.entry = chain.entry;
                 }
-                slot = if slot + 1 == size { 0 } else { slot + 1 };
-                left -= 1;
+                delivery.deliver(engine, found, true, &mut Unrecorded, sink)
             }
-            if !is_taken {
-                self.ring.take(found.slots)?;
+            Some(Recorded { record, .. }) => {
+                record.mark(|marking| delivery.deliver(engine, found, false, marking, sink))
             }
-            sink(engine, Chain { entry: found.entry, again, ..self.walk.chain(id, found.slots) });
         }
-        Ok(())
     }
 
     #[inline]

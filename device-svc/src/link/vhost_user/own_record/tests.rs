@@ -100,7 +100,7 @@ impl Bed {
             let descriptor = PackedDescriptor { address: 0x1_0000, length: 512, id: 0, flags: 0 };
             let mut entries = Vec::new();
             record.mark(|marking| {
-                entries.extend([0, 1].map(|_| marking.chain(1, std::iter::once(descriptor))));
+                entries.extend([0, 1].map(|_| marking.chain([descriptor])));
             });
             record.link(entries[..1].iter().copied(), Place { slot: 1, wrap: true });
             self.guest.put(start.descriptors, PackedDescriptor { address: 1, flags: 1 << 7 | USED, ..descriptor });
