@@ -3,10 +3,12 @@
 //! The tests find the built programs in `$DRAY_BIN` and the real parts in `$DRAY_RIG`; `tests/run` sets both. Without a rig they
 //! say that they are skipped, and only `tests/run --no-rig` does without.
 
+mod archive;
 mod capture;
 mod card;
 mod guest;
 mod iperf;
+mod late_disk;
 mod namespace;
 mod process;
 mod siege;
@@ -14,10 +16,12 @@ mod testpmd;
 mod threads;
 mod verifier;
 
+pub use archive::Archive;
 pub use capture::{Capture, Captured};
 pub use card::{Card, CardSettings};
 pub use guest::{GuestSettings, boot_guest, qmp, qmp_of, qmp_until};
 pub use iperf::{IperfReport, IperfServer};
+pub use late_disk::LateDisk;
 pub use namespace::Namespace;
 pub use process::{Log, Process, wait_for, wait_for_or};
 pub use siege::{Besieged, Siege};

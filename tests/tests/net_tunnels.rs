@@ -2,13 +2,11 @@
 //! Linux guests under QEMU on tunnels of the card: to the kernel's own vxlan, to the geneve of another guest's kernel, and between
 //! two uplinks of the card.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use tests::{
-    Capture, Captured, Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process, network_rig,
-    rounds,
+    Archive, Capture, Captured, Card, CardSettings, GuestSettings, IperfReport, IperfServer, Namespace, Process,
+    network_rig, rounds,
 };
 
 /// The network inside.
@@ -229,30 +227,6 @@ fn two_uplinks_of_the_card_speak_to_each_other() {
     assert!(captured.count("geneve && vlan.id == 5 && icmp") >= 4);
 }
 
-/// An archive for a guest whose kernel shall have a module that its root has not.
-fn module(rig: &Path, folder: &Path, name: &str) -> PathBuf {
-    let found =
-        Command::new("find").arg(rig.join("root/usr/lib/modules")).args(["-name", &format!("{name}.ko.xz")]).output();
-    let found = String::from_utf8(found.unwrap().stdout).unwrap();
-    let modules = folder.join("archive/lib/modules");
-    std::fs::create_dir_all(&modules).unwrap();
-    let module = Command::new("xz").args(["-dc", found.trim()]).output().unwrap();
-    assert!(module.status.success(), "{found:?}: {}", String::from_utf8_lossy(&module.stderr));
-    std::fs::write(modules.join(format!("{name}.ko")), module.stdout).unwrap();
-    let archive = folder.join("archive.cpio");
-    let file = std::fs::File::create(&archive).unwrap();
-    let mut cpio = Command::new("cpio")
-        .args(["-o", "-H", "newc", "--quiet"])
-        .current_dir(folder.join("archive"))
-        .stdin(Stdio::piped())
-        .stdout(file)
-        .spawn()
-        .unwrap();
-    cpio.stdin.take().unwrap().write_all(format!("lib\nlib/modules\nlib/modules/{name}.ko\n").as_bytes()).unwrap();
-    assert!(cpio.wait().unwrap().success());
-    archive
-}
-
 /// A guest's own geneve is the peer: this machine's kernel may have none.
 #[test]
 fn a_guest_talks_to_another_kernels_geneve() {
@@ -267,7 +241,9 @@ fn a_guest_talks_to_another_kernels_geneve() {
     let tap = format!(r#"type = "tap", name = "under0", netns = "{}""#, underlay.name());
     let parts = function("a", &geneve, 1450, 1) + &function("p", &tap, 1500, 1);
     let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
-    let archive = module(&rig, card.folder(), "geneve");
+    let archive = Archive::new(card.folder());
+    archive.add_module(&rig, "geneve");
+    let archive = archive.pack();
     let peer = format!(
         "ip.iproute2 address add 10.9.1.2/24 dev eth0
         ip.iproute2 link set eth0 up

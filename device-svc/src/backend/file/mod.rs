@@ -63,7 +63,8 @@ pub struct FileBackend {
 
 impl FileBackend {
     /// Opens the file and locks it against other users (`flock`, and for a block device `O_EXCL`) until the backend and
-    /// all its channels are gone.
+    /// all its channels are gone, or, if the process is killed, until the kernel has ended their requests. A file that is in use is
+    /// waited for, two seconds.
     ///
     /// # Errors
     /// `Refused` when the file is not there, not of a usable kind or size, may not be used, or this kernel has no io_uring

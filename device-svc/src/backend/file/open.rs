@@ -91,19 +91,49 @@ fn refused(path: &Path, why: impl std::fmt::Display) -> BackendError {
     BackendError::Refused(format!("{}: {why}", path.display()))
 }
 
-/// Locks a file. The requests of a process that has just been killed may still be under way in the kernel, and the kernel keeps
-/// their file open and locked until they have ended: so the lock is waited for, and whoever has it knows that nothing of the process
-/// before can still land.
-fn lock(mut file: File, kind: FlockArg) -> Result<Flock<File>, Errno> {
-    let mut waited = Duration::ZERO;
+/// Waits for a file that is in use. The requests of a process that has just been killed may still be under way in the kernel, and
+/// the kernel keeps their file open until they have ended, and with it its lock and a block device's `O_EXCL`. So who gets these
+/// knows that nothing of the process before can still land.
+struct Patience<'a> {
+    path: &'a Path,
+    waited: Duration,
+}
+
+impl<'a> Patience<'a> {
+    const fn new(path: &'a Path) -> Self {
+        Self { path, waited: Duration::ZERO }
+    }
+
+    /// Waits a moment, or says that it was long enough.
+    fn waits(&mut self) -> bool {
+        let waits = self.waited < LOCK_PATIENCE;
+        if waits {
+            std::thread::sleep(LOCK_LOOK);
+            self.waited += LOCK_LOOK;
+        }
+        waits
+    }
+
+    /// The file is ours.
+    fn ends(&self) {
+        if !self.waited.is_zero() {
+            let waited_ms = self.waited.as_millis();
+            tracing::info!(path = %self.path.display(), waited_ms, "was in use, and was waited for");
+        }
+    }
+}
+
+fn lock(mut file: File, kind: FlockArg, path: &Path) -> Result<Flock<File>, Errno> {
+    let mut patience = Patience::new(path);
     loop {
         match Flock::lock(file, kind) {
-            Ok(locked) => return Ok(locked),
-            Err((again, Errno::EWOULDBLOCK)) if waited < LOCK_PATIENCE => file = again,
+            Ok(locked) => {
+                patience.ends();
+                return Ok(locked);
+            }
+            Err((again, Errno::EWOULDBLOCK)) if patience.waits() => file = again,
             Err((_, errno)) => return Err(errno),
         }
-        std::thread::sleep(LOCK_LOOK);
-        waited += LOCK_LOOK;
     }
 }
 
@@ -129,7 +159,7 @@ impl OpenFile {
             return Err(refused(path, "is neither a regular file nor a block device"));
         }
         let kind = if settings.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-        let file = lock(file, kind).map_err(|errno| match errno {
+        let file = lock(file, kind, path).map_err(|errno| match errno {
             Errno::EWOULDBLOCK => BackendError::Unavailable(format!(
                 "{}: is in use as a volume, here or by another process (`lslocks` or `fuser -v {}` shows which); stop that, \
                  or open it read-only everywhere",
@@ -269,8 +299,17 @@ fn open_or_create(settings: &FileSettings) -> Result<(File, bool), BackendError>
     // O_EXCL on a block device: not together with a mount or another such user in the kernel.
     let is_device = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
     let flags = if is_device && !settings.read_only { libc::O_EXCL } else { 0 };
-    let file = open(flags, false).map_err(|error| fault(path, &error, "cannot be opened"))?;
-    Ok((file, false))
+    let mut patience = Patience::new(path);
+    loop {
+        match open(flags, false) {
+            Ok(file) => {
+                patience.ends();
+                return Ok((file, false));
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && patience.waits() => {}
+            Err(error) => return Err(fault(path, &error, "cannot be opened")),
+        }
+    }
 }
 
 fn size(file: &File, is_device: bool, block_bytes: u32) -> io::Result<u64> {

@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::*;
 
@@ -97,6 +99,27 @@ fn one_writer_or_many_readers() {
     let info = readers[0].info();
     assert_eq!((info.read_only, info.discard, info.write_zeroes), (true, false, false));
     assert!(readers[0].resize(8192).is_err());
+}
+
+#[test]
+fn a_file_in_use_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("volume");
+    for next in [settings(&path), read_only(&path)] {
+        let writer = FileBackend::open(&create(&path, 4096)).unwrap();
+        let channel = writer.open_channel().unwrap();
+        drop(writer);
+        let gone = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                gone.store(true, Ordering::SeqCst);
+                drop(channel);
+            });
+            FileBackend::open(&next).unwrap();
+            assert!(gone.load(Ordering::SeqCst), "the file was taken over while a channel had it");
+        });
+    }
 }
 
 #[test]
