@@ -89,7 +89,9 @@ impl BlockBackend for FileBackend {
             discard: geometry.discard && !self.file.read_only(),
             write_zeroes: !self.file.read_only(),
             discard_alignment_bytes: geometry.discard_alignment_bytes,
-            payload: PayloadPlace::InPlace,
+            // A file that is only read is shared with others, so nobody waits for the reads of a process that has died: what they bring
+            // late must not come into a VM's memory.
+            payload: if self.file.read_only() { PayloadPlace::Card } else { PayloadPlace::InPlace },
             // One inode, one page cache or none: the kernel keeps all descriptors of it coherent.
             channels_max: usize::MAX,
         }

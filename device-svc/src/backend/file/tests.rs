@@ -206,3 +206,15 @@ fn a_block_device_is_a_volume() {
     assert_eq!(run(BlockOperation::Discard, false).is_ok(), backend.info().discard);
     assert_eq!(run(BlockOperation::Read, true), Ok(()));
 }
+
+#[test]
+fn what_is_shared_with_others_is_never_read_into_a_vms_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("volume");
+    let own = FileBackend::open(&create(&path, 4096)).unwrap();
+    assert_eq!(own.info().payload, PayloadPlace::InPlace);
+    drop(own);
+    // Nobody waits for its reads when we are killed.
+    let shared = [FileBackend::open(&read_only(&path)).unwrap(), FileBackend::open(&read_only(&path)).unwrap()];
+    assert!(shared.iter().all(|shared| shared.info().payload == PayloadPlace::Card));
+}
