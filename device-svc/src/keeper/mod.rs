@@ -14,6 +14,10 @@
 //!
 //! The keeper touches no storage: whoever waits for a dead service's lock on a volume waits for that service alone. If the keeper
 //! itself dies, the service ends too, in good order, and VMMs on vfio-user lose their devices.
+//!
+//! Another program takes over the whole card at once, and not a volume or a switch at a time: reactors have their processors, uplinks their
+//! interfaces, and the card its socket, and there is one of each; and when the new program fails, everything is with the one before, and
+//! nothing half way. The price is that a VM waits for all others too: `bench recovery` measures it (`update`).
 
 mod connection;
 mod kept;
