@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use device_svc::driver::block::BlockQueue;
 use device_svc::driver::vfio_user::{Sharing, VfioUserDevice};
 use device_svc::driver::vhost_user::{FrontEnd, InflightRecord};
-use device_svc::driver::{GuestMemory, QueueEvents, QueueOptions};
+use device_svc::driver::{FrontEndError, GuestMemory, QueueEvents, QueueOptions};
+use device_svc::virtqueue::features;
 
 const QUEUE_SIZE: u16 = 64;
 const ROWS: u32 = 20;
@@ -24,10 +25,13 @@ enum Awaited {
     Read(u64),
 }
 
+/// How a front end connects.
+type Connect = fn(&Path, u64, Arc<GuestMemory>) -> Result<FrontEnd, FrontEndError>;
+
 /// How it reaches the card.
 enum Link {
     /// It connects again, and may have the record.
-    VhostUser(Box<FrontEnd>, Option<InflightRecord>),
+    VhostUser { front_end: Box<FrontEnd>, record: Option<InflightRecord>, connect: Connect },
     /// Its connection outlives the card.
     VfioUser(Box<VfioUserDevice>),
 }
@@ -51,22 +55,28 @@ impl Verifier {
     /// A driver at a vhost-user socket; the card offers it the record of requests in flight. Of `wanted` feature bits those are used that
     /// are offered.
     pub fn connect(socket: &Path, wanted: u64) -> Self {
-        Self::connect_by_vhost_user(socket, wanted, true)
+        Self::connect_by_vhost_user(FrontEnd::connect, socket, wanted, true)
     }
 
-    /// The same, of a front end that keeps no record.
+    /// As [`connect`](Self::connect), of a front end that keeps no record.
     pub fn connect_without_record(socket: &Path, wanted: u64) -> Self {
-        Self::connect_by_vhost_user(socket, wanted, false)
+        Self::connect_by_vhost_user(FrontEnd::connect, socket, wanted, false)
     }
 
-    fn connect_by_vhost_user(socket: &Path, wanted: u64, has_record: bool) -> Self {
+    /// As [`connect`](Self::connect), to a card whose queues hand over when they stop.
+    pub fn connect_to_hand_over(socket: &Path, wanted: u64) -> Self {
+        Self::connect_by_vhost_user(FrontEnd::connect_to_hand_over, socket, wanted, true)
+    }
+
+    fn connect_by_vhost_user(connect: Connect, socket: &Path, wanted: u64, has_record: bool) -> Self {
         let memory = Arc::new(GuestMemory::new(0, 1 << 20).unwrap());
-        let mut front_end = FrontEnd::connect(socket, wanted, Arc::clone(&memory)).unwrap();
+        let mut front_end = connect(socket, wanted, Arc::clone(&memory)).unwrap();
         let record = has_record.then(|| front_end.make_record(1, QUEUE_SIZE).unwrap());
         record.iter().for_each(|record| front_end.hand_over_record(record).unwrap());
         let mut queue = Self::queue(&memory, front_end.accepted());
         let events = front_end.start_queue(0, QUEUE_SIZE, queue.queue()).unwrap();
-        Self::new(memory, Link::VhostUser(Box::new(front_end), record), queue, events)
+        let link = Link::VhostUser { front_end: Box::new(front_end), record, connect };
+        Self::new(memory, link, queue, events)
     }
 
     /// A VMM and driver at a vfio-user socket.
@@ -99,11 +109,11 @@ impl Verifier {
 
     /// Comes again after the card's end, if it has to: same memory, same rings, same record if it has one.
     pub fn reconnect(&mut self, socket: &Path) {
-        let Link::VhostUser(front_end, record) = &mut self.link else { return };
+        let Link::VhostUser { front_end, record, connect } = &mut self.link else { return };
         let wanted = front_end.accepted();
         // A service that the keeper has started may not listen yet.
         crate::wait_for("the card to listen", || std::os::unix::net::UnixStream::connect(socket).is_ok());
-        **front_end = FrontEnd::connect(socket, wanted, Arc::clone(&self.memory)).unwrap();
+        **front_end = connect(socket, wanted, Arc::clone(&self.memory)).unwrap();
         assert_eq!(front_end.accepted(), wanted);
         record.iter().for_each(|record| front_end.hand_over_record(record).unwrap());
         self.events = front_end.start_queue(0, QUEUE_SIZE, self.queue.queue()).unwrap();
@@ -112,8 +122,18 @@ impl Verifier {
     /// Has the card stop the queue.
     pub fn stop(&mut self) {
         match &mut self.link {
-            Link::VhostUser(front_end, _) => drop(front_end.stop_queue(0).unwrap()),
+            Link::VhostUser { front_end, .. } => drop(front_end.stop_queue(0).unwrap()),
             Link::VfioUser(device) => device.reset().unwrap(),
+        }
+    }
+
+    /// Has the card stop the queue, which has seen every request so far; on a split ring that is what it says.
+    pub fn stop_after_all(&mut self) {
+        let requests = self.ended + u64::from(self.in_flight());
+        let Link::VhostUser { front_end, .. } = &mut self.link else { return self.stop() };
+        let base = front_end.stop_queue(0).unwrap();
+        if front_end.accepted() & features::RING_PACKED == 0 {
+            assert_eq!(u64::from(base), requests & 0xffff);
         }
     }
 

@@ -2,6 +2,7 @@
 //! The card's service is killed at any moment and started again. Over vhost-user its front end keeps the record of what was in flight
 //! and hands it back; over vfio-user a keeper has it, and the connection. Nobody sees an error, nothing is lost, nothing is done twice.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,6 +110,128 @@ fn a_vmm_on_vfio_user_does_not_notice_that_the_service_is_killed() {
 fn a_vmm_on_vfio_user_that_shares_no_memory_does_not_notice_either() {
     survive_over_vfio_user(features::EVENT_INDEX, Sharing::Messages, "");
     survive_over_vfio_user(features::EVENT_INDEX | features::RING_PACKED, Sharing::Messages, "");
+}
+
+/// Two functions on one volume, the first of which lets a request pass in a second.
+const TWO: &str = r#"
+[[function]]
+name = "slow"
+type = "blk"
+link = { type = "vhost-user", socket = "@/slow.sock" }
+volume = "v"
+limit = { iops = 1, burst = "1s" }
+[[function]]
+name = "fast"
+type = "blk"
+link = { type = "vhost-user", socket = "@/fast.sock" }
+volume = "v"
+"#;
+
+/// What a function counts.
+fn count(card: &Card, function: usize, what: &str) -> u64 {
+    card.stats()["functions"][function][what].as_u64().unwrap()
+}
+
+fn ended(card: &Card, function: usize) -> u64 {
+    count(card, function, "reads") + count(card, function, "writes")
+}
+
+/// A queue that stops with most of its requests before a limit leaves them to the record, and another function does them; then the same
+/// with requests at any other place, and back.
+fn hand_over_before_a_limit(wanted: u64) {
+    let volume = DISK.split("[[function]]").next().unwrap();
+    let card = Card::start(&CardSettings { parts: format!("{volume}{TWO}"), ..CardSettings::default() });
+    let (slow, fast) = (card.path("slow.sock"), card.path("fast.sock"));
+    let mut verifier = Verifier::connect_to_hand_over(&slow, wanted);
+    let mut left = 0;
+    for _ in 0..rounds(5, 10, 100) {
+        let before = ended(&card, 0);
+        verifier.fill();
+        let in_flight = u64::from(verifier.in_flight());
+        wait_for("all requests are there", || count(&card, 0, "in-flight") + ended(&card, 0) - before == in_flight);
+        verifier.stop_after_all();
+        let done = ended(&card, 0);
+        verifier.take();
+        left += verifier.in_flight();
+        assert_eq!(
+            u64::from(verifier.in_flight()),
+            in_flight - (done - before),
+            "what it counts is what the driver sees"
+        );
+        verifier.reconnect(&fast);
+        let requests = verifier.below(300);
+        verifier.go_on(u64::from(verifier.in_flight()) + requests, true);
+        verifier.fill();
+        std::thread::sleep(Duration::from_micros(verifier.below(400)));
+        verifier.stop();
+        assert_eq!(ended(&card, 0), done, "a queue that handed over does nothing");
+        verifier.reconnect(&slow);
+    }
+    assert!(left > 40, "{left} requests were handed over");
+    verifier.stop();
+    verifier.reconnect(&fast);
+    verifier.finish(&card.path("disk"));
+    assert_eq!((count(&card, 0, "errors"), count(&card, 1, "errors")), (0, 0));
+}
+
+#[test]
+fn a_queue_hands_over_what_waits_for_its_limit() {
+    hand_over_before_a_limit(features::EVENT_INDEX);
+    hand_over_before_a_limit(features::EVENT_INDEX | features::RING_PACKED);
+}
+
+/// A queue that stops while its server is away leaves its requests to the record. The server is back before the next function has them;
+/// the first, which waited for it, does none.
+fn hand_over_without_a_server(rig: &Path, wanted: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, disk) = (folder.path().join("nbd.sock"), folder.path().join("disk"));
+    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    let server = || {
+        let _ = std::fs::remove_file(&socket);
+        let mut command = Command::new(rig.join("bin/nbdkit"));
+        let process = Process::start(command.args(["-f", "-U"]).arg(&socket).arg("file").arg(&disk));
+        wait_for("nbdkit", || socket.exists());
+        process
+    };
+    let mut nbdkit = server();
+    let volume = format!(
+        "[[volume]]\nname = \"v\"\nbackend = {{ type = \"nbd\", uri = \"nbd+unix:///?socket={}\" }}\n",
+        socket.display()
+    );
+    let parts = volume + &TWO.replace("limit = { iops = 1, burst = \"1s\" }\n", "");
+    let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
+    let sockets = [card.path("slow.sock"), card.path("fast.sock")];
+    let mut verifier = Verifier::connect_to_hand_over(&sockets[0], wanted);
+    for round in 0..rounds(4, 6, 50) as usize {
+        let (here, there) = (round % 2, (round + 1) % 2);
+        let requests = verifier.below(300);
+        verifier.fill();
+        verifier.go_on(requests, true);
+        nbdkit.signal(Signal::SIGKILL);
+        nbdkit.end();
+        verifier.fill();
+        let left = u64::from(verifier.in_flight());
+        wait_for("all that is left is there, and none with a server", || {
+            verifier.take();
+            count(&card, here, "in-flight") == u64::from(verifier.in_flight()) && count(&card, here, "held") > 0
+        });
+        assert!(left > 0);
+        verifier.stop_after_all();
+        let done = ended(&card, here);
+        nbdkit = server();
+        verifier.reconnect(&sockets[there]);
+        verifier.go_on(u64::from(verifier.in_flight()), false);
+        assert_eq!(ended(&card, here), done, "a queue that handed over does nothing");
+    }
+    verifier.finish(&disk);
+    assert_eq!((count(&card, 0, "errors"), count(&card, 1, "errors")), (0, 0));
+}
+
+#[test]
+fn a_queue_hands_over_what_waits_for_a_server() {
+    let Some(rig) = rig() else { return };
+    hand_over_without_a_server(&rig, features::EVENT_INDEX);
+    hand_over_without_a_server(&rig, features::EVENT_INDEX | features::RING_PACKED);
 }
 
 /// What the README says of it: without the record, what was in flight when it dies is done twice, or never.

@@ -302,13 +302,22 @@ impl CardFunction {
         (self.notify)(standing);
     }
 
-    fn stop_locked(&self, inner: &mut Inner, queue: u16) -> Option<QueuePosition> {
+    fn stop_locked(&self, inner: &mut Inner, queue: u16, hand_over: bool) -> Option<QueuePosition> {
         let slot = usize::from(queue);
         let QueueState::Running(shape) = inner.queues[slot] else { return None };
         let (reply, answer) = channel();
-        self.reactor_of(queue).post(Message::Stop { key: QueueKey { function: self.number, queue }, reply });
+        let key = QueueKey { function: self.number, queue };
+        self.reactor_of(queue).post(Message::Stop { key, hand_over, reply });
         let Stopped { position, parked } = answer.recv().ok().flatten()?;
-        inner.queues[slot] = if parked { QueueState::Parked(shape, position) } else { QueueState::Off };
+        inner.queues[slot] = match parked {
+            true if hand_over => {
+                // The record has it all; whoever goes on with that, this lane does not.
+                self.reactor_of(queue).post(Message::Forget { key });
+                QueueState::Off
+            }
+            true => QueueState::Parked(shape, position),
+            false => QueueState::Off,
+        };
         Some(position)
     }
 
@@ -396,7 +405,7 @@ impl FunctionSide for Arc<CardFunction> {
         }
         let reach = check_addresses(&start, &inner.memory).map_err(Refusal::Invalid)?;
         let queue = start.index;
-        self.stop_locked(&mut inner, queue);
+        self.stop_locked(&mut inner, queue, false);
         let key = QueueKey { function: self.number, queue };
         let (descriptors, driver, device) = (start.descriptors, start.driver, start.device);
         let record = start.inflight.as_ref().map(QueueRecord::identity);
@@ -424,7 +433,23 @@ impl FunctionSide for Arc<CardFunction> {
         if index >= self.device.queue_count() {
             return None;
         }
-        self.stop_locked(&mut inner, index)
+        self.stop_locked(&mut inner, index, false)
+    }
+
+    fn hands_over(&self) -> bool {
+        match &self.kind {
+            // What is issued again must be what was handed over.
+            Kind::Blk { shared, .. } => shared.reissue,
+            Kind::Net { .. } => false,
+        }
+    }
+
+    fn hand_queue_over(&self, index: u16) -> Option<QueuePosition> {
+        let mut inner = self.lock();
+        if index >= self.device.queue_count() {
+            return None;
+        }
+        self.stop_locked(&mut inner, index, true)
     }
 
     fn forget_queue(&self, index: u16) {

@@ -65,8 +65,14 @@ pub trait Lane: Send {
         self.queue_mut().stop(now);
     }
 
+    /// Stop, and begin nothing more that is in the record of requests in flight: its next owner does. Only what has begun goes on to its
+    /// end. Where the lane has nothing to leave it is as `stop`.
+    fn hand_over(&mut self, now: Moment) {
+        self.stop(now);
+    }
+
     /// Whether a lane that was told to stop has: nothing of it touches the VM's memory, and what remains waits for a server
-    /// that is away.
+    /// that is away. Once it says so it is still: until it goes on, nothing of it touches the VM's memory or is given to its channel.
     fn is_stopped(&mut self, now: Moment) -> bool;
 
     /// Where the queue would go on.

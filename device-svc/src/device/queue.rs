@@ -1,11 +1,14 @@
 //! What every lane does the same way, whatever its device: how it stands, when it asks for doorbells, how a batch is published.
 //!
 //! ```text
-//!   Running ─► Stopping ─► (stopped)         the link stops the queue: what is in flight goes on to its end
-//!      │          │
-//!      ├──────────┴─► Failed                 the guest's ring is broken: nothing is fetched any more
-//!      └────────────► Abandoned              reset: nobody will hear of it again
+//!   Running ─► Stopping ──┬─► Stopped        the link stops the queue: what is in flight goes on to its end, then all is still
+//!      │  └──► HandingOver ─┘                  or only what the channel has does: the rest is left to whoever has the record
+//!      ├───────────► Failed                  the guest's ring is broken: nothing is fetched any more
+//!      └───────────► Abandoned               reset: nobody will hear of it again
 //! ```
+//!
+//! A queue that has stopped is still until it goes on: from the moment at which its link hears of it, nothing of it reads or writes the
+//! VM's memory, and nothing of it is given to storage or network. Its link may give the memory away, and the ring to another card.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -25,8 +28,12 @@ const STOP_PATIENCE: Duration = Duration::from_millis(500);
 pub(super) enum State {
     /// Fetching and completing.
     Running,
-    /// Completing; told to stop at a moment, by which it stops waiting for the server.
+    /// Completing; told to stop, and the moment at which it stops waiting for the server.
     Stopping(Moment),
+    /// The same, but nothing is begun any more that has not begun: its record says it to the next owner.
+    HandingOver(Moment),
+    /// It has stopped: still.
+    Stopped,
     /// The guest's ring is broken: completing what can be, fetching nothing.
     Failed,
     /// Reset: what comes back from the channel is dropped.
@@ -128,13 +135,13 @@ impl<E: DmaEngine> Queue<E> {
         }
     }
 
-    /// Whether a turn makes sense; a queue whose memory is lost fails here.
+    /// Whether a turn makes sense: not of a queue that is still. One whose memory is lost fails here.
     #[inline]
     pub(super) fn begin_turn(&mut self) -> bool {
         if self.state == State::Running && self.mirror.engine_ref().memory().is_lost() {
             self.fail(QueueFault::MemoryLost);
         }
-        self.state != State::Abandoned
+        !matches!(self.state, State::Stopped | State::Abandoned)
     }
 
     /// Whether the ring is to be looked at: it runs, or what it had begun to fetch when it was told to stop must come to its end.
@@ -143,7 +150,9 @@ impl<E: DmaEngine> Queue<E> {
         match self.state {
             State::Running => !self.is_quiet(),
             State::Stopping(_) => (self.mirror.is_fetching() || self.mirror.is_resuming()) && !self.ring_gone,
-            State::Failed | State::Abandoned => false,
+            // Where it stands is known only when its record has been taken up.
+            State::HandingOver(_) => (self.mirror.is_fetching() || self.mirror.is_attaching()) && !self.ring_gone,
+            State::Stopped | State::Failed | State::Abandoned => false,
         }
     }
 
@@ -179,7 +188,7 @@ impl<E: DmaEngine> Queue<E> {
     /// Publishes what is staged; a ring that cannot be reached fails.
     #[inline]
     pub(super) fn publish(&mut self) -> Published {
-        if self.state == State::Abandoned || !self.is_publishing() {
+        if matches!(self.state, State::Stopped | State::Abandoned) || !self.is_publishing() {
             return Published::Nothing;
         }
         match self.mirror.publish() {
@@ -258,10 +267,26 @@ impl<E: DmaEngine> Queue<E> {
         }
     }
 
-    /// Whether nothing of a queue that is to stop is on its way between the VM's memory and the card's.
-    pub(super) fn is_at_rest(&mut self) -> bool {
+    /// The moment at which a queue that is to stop stops waiting for the server.
+    pub(super) const fn stopping_until(&self) -> Option<Moment> {
+        match self.state {
+            State::Stopping(until) | State::HandingOver(until) => Some(until),
+            _ => None,
+        }
+    }
+
+    /// Whether a queue that is to stop has: its device says that it `is_done`, and nothing is on its way between the VM's memory and
+    /// the card's. From then on it is still.
+    pub(super) fn is_stopped(&mut self, is_done: bool) -> bool {
+        if self.stopping_until().is_none() {
+            return true;
+        }
         let busy = self.mirror.is_publishing() || self.mirror.is_fetching();
-        (!busy || self.ring_gone) && self.mirror.engine().is_idle()
+        let is_stopped = is_done && (!busy || self.ring_gone) && self.is_idle();
+        if is_stopped {
+            self.state = State::Stopped;
+        }
+        is_stopped
     }
 
     pub(super) fn abandon(&mut self) {
@@ -272,9 +297,10 @@ impl<E: DmaEngine> Queue<E> {
 
     /// Whether the table of memory may change hands: nothing is on its way.
     pub(super) fn may_change_memory(&mut self, landing: bool) -> bool {
-        let running = matches!(self.state, State::Running | State::Stopping(_)) && !self.ring_gone;
+        let running = self.state == State::Running || self.stopping_until().is_some();
+        let running = running && !self.ring_gone;
         let busy = running && (self.mirror.is_fetching() || self.mirror.is_publishing() || landing);
-        !busy && self.mirror.engine().is_idle()
+        !busy && self.is_idle()
     }
 }
 
@@ -288,6 +314,9 @@ pub trait LaneQueue {
 
     /// Fetch nothing more.
     fn stop(&mut self, now: Moment);
+
+    /// Begin nothing more.
+    fn hand_over(&mut self, now: Moment);
 
     /// Goes on with this port.
     fn resume(&mut self, port: Box<dyn QueuePort>);
@@ -320,6 +349,12 @@ impl<E: DmaEngine> LaneQueue for Queue<E> {
         }
     }
 
+    fn hand_over(&mut self, now: Moment) {
+        if matches!(self.state, State::Running | State::Failed) {
+            self.state = State::HandingOver(now.after(STOP_PATIENCE));
+        }
+    }
+
     fn resume(&mut self, port: Box<dyn QueuePort>) {
         self.port = port;
         self.state = State::Running;
@@ -328,6 +363,8 @@ impl<E: DmaEngine> LaneQueue for Queue<E> {
     }
 
     fn is_idle(&mut self) -> bool {
+        // What ended behind a request that has not, of a queue used in order, waits for the next batch to be started with it.
+        self.mirror.engine().submit();
         self.mirror.engine().is_idle()
     }
 

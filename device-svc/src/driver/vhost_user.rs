@@ -45,6 +45,24 @@ impl FrontEnd {
     /// # Errors
     /// When nobody listens, or the back end refuses.
     pub fn connect(path: &Path, wanted: u64, memory: Arc<GuestMemory>) -> Result<Self, FrontEndError> {
+        Self::negotiate(path, wanted, memory, VhostUserProtocolFeatures::empty())
+    }
+
+    /// Connects to a back end whose queues hand over when they stop: what has not begun stays in the record for whoever starts them next
+    /// (`VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT`).
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect), and when the back end does not offer that.
+    pub fn connect_to_hand_over(path: &Path, wanted: u64, memory: Arc<GuestMemory>) -> Result<Self, FrontEndError> {
+        Self::negotiate(path, wanted, memory, VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT)
+    }
+
+    fn negotiate(
+        path: &Path,
+        wanted: u64,
+        memory: Arc<GuestMemory>,
+        needed: VhostUserProtocolFeatures,
+    ) -> Result<Self, FrontEndError> {
         let stream = UnixStream::connect(path)
             .map_err(|error| FrontEndError::Connect { path: path.display().to_string(), error })?;
         let mut frontend = Frontend::from_stream(stream, 256);
@@ -60,7 +78,10 @@ impl FrontEnd {
                 | VhostUserProtocolFeatures::RESET_DEVICE
                 | VhostUserProtocolFeatures::INFLIGHT_SHMFD
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-            let protocol = frontend.get_protocol_features()? & known;
+            let protocol = frontend.get_protocol_features()? & (known | needed);
+            if !protocol.contains(needed) {
+                return Err(FrontEndError::Protocol(format!("the back end does not offer {needed:?}")));
+            }
             frontend.set_protocol_features(protocol)?;
             if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
                 frontend.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);

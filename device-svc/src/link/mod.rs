@@ -178,6 +178,18 @@ pub trait FunctionSide: Send + Sync {
     /// did not run.
     fn stop_queue(&self, index: u16) -> Option<QueuePosition>;
 
+    /// Whether its queues can hand over.
+    fn hands_over(&self) -> bool {
+        false
+    }
+
+    /// Stops a queue whose requests in flight are recorded, as [`stop_queue`](Self::stop_queue), but begins nothing any more: what has
+    /// not begun stays in the record for whoever starts the queue next, here or elsewhere, and nothing of it stays on the card. `None`
+    /// if it did not run.
+    fn hand_queue_over(&self, index: u16) -> Option<QueuePosition> {
+        self.stop_queue(index)
+    }
+
     /// A queue that was stopped starts afresh if it starts again: what was held of it is dropped.
     fn forget_queue(&self, index: u16);
 

@@ -270,6 +270,17 @@ impl<E: DmaEngine> Mirror<E> {
         }
     }
 
+    /// Whether the record of what was in flight before the queue started is still to be taken up: the queue's position is not known
+    /// before.
+    #[inline]
+    #[must_use]
+    pub const fn is_attaching(&self) -> bool {
+        match &self.ring {
+            Ring::Split(ring) => ring.is_attaching(),
+            Ring::Packed(ring) => ring.is_attaching(),
+        }
+    }
+
     /// Asks the driver to ring the doorbell for what comes next, then looks once more (virtio 1.3, 2.7.10 and 2.8.10).
     /// `Some(true)`: asked, and the ring is empty: one may sleep. `Some(false)`: there is something. `None`: copies are on
     /// their way; call again.

@@ -202,9 +202,15 @@ impl PackedMirror {
         true
     }
 
+    pub(super) const fn is_attaching(&self) -> bool {
+        match &self.recorded {
+            Some(recorded) => recorded.attaching.is_some(),
+            None => false,
+        }
+    }
+
     pub(super) fn is_resuming(&self) -> bool {
-        let resuming = |recorded: &Recorded| recorded.attaching.is_some() || !recorded.again.is_empty();
-        self.recorded.as_ref().is_some_and(|recorded| resuming(recorded))
+        self.is_attaching() || self.recorded.as_ref().is_some_and(|recorded| !recorded.again.is_empty())
     }
 
     /// Puts the descriptors of requests that were in flight before where slots are fetched to. Returns whether there are any.

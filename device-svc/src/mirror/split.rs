@@ -188,8 +188,12 @@ impl SplitMirror {
         true
     }
 
+    pub(super) const fn is_attaching(&self) -> bool {
+        self.recorded.is_some() && self.used_unknown
+    }
+
     pub(super) fn is_resuming(&self) -> bool {
-        self.recorded.as_ref().is_some_and(|recorded| self.used_unknown || !recorded.again.is_empty())
+        self.is_attaching() || self.left_again() > 0
     }
 
     #[inline]

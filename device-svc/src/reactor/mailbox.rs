@@ -69,6 +69,8 @@ pub enum Message {
     Stop {
         /// The queue.
         key: QueueKey,
+        /// Whether nothing shall begin any more that is in the record of its requests in flight.
+        hand_over: bool,
         /// Told where it stopped; `None` if it was not there.
         reply: Sender<Option<Stopped>>,
     },

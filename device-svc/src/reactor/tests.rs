@@ -47,7 +47,7 @@ impl Bed {
 
     fn stop(&self, queue: u16) -> Receiver<Option<Stopped>> {
         let (reply, answer) = channel();
-        self.post(Message::Stop { key: key(queue), reply });
+        self.post(Message::Stop { key: key(queue), hand_over: false, reply });
         answer
     }
 }
@@ -249,7 +249,7 @@ fn a_mailbox_holds_so_many_and_no_more_in_order() {
     let poster = std::thread::spawn(move || {
         for queue in 0..ALL {
             let (reply, _) = channel();
-            theirs.post(Message::Stop { key: key(queue as u16), reply });
+            theirs.post(Message::Stop { key: key(queue as u16), hand_over: false, reply });
             count.fetch_add(1, Ordering::SeqCst);
         }
     });

@@ -161,10 +161,12 @@ impl Turning {
                     self.watch_doorbell(place);
                 }
             }
-            Message::Stop { key, reply } => match self.place_of(key) {
+            Message::Stop { key, hand_over, reply } => match self.place_of(key) {
                 Some(place) => {
-                    if let Some(slot) = self.lane(place) {
-                        slot.lane.stop(now);
+                    match self.lane(place) {
+                        Some(slot) if hand_over => slot.lane.hand_over(now),
+                        Some(slot) => slot.lane.stop(now),
+                        None => {}
                     }
                     self.waits.push(Wait::Stop(place, reply));
                 }

@@ -12,13 +12,14 @@
 
 mod end;
 mod fetch;
+mod stop;
 mod submit;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::BlkShared;
-use super::row::{ROWS_MAX, Row, RowQueue, Rows, Stage};
+use super::row::{ROWS_MAX, Row, RowQueue, Rows};
 use crate::address::CardAddress;
 use crate::backend::{BlockChannel, BlockFault, PayloadPlace};
 use crate::clock::Moment;
@@ -68,6 +69,10 @@ pub struct BlkLane<E> {
     limited: bool,
     /// Rows that wait to be submitted again.
     held: Vec<u16>,
+    /// What the channel ended while the lane was still: see `stop`.
+    late: Vec<(u16, Result<(), BlockFault>)>,
+    /// It was still, and has not had a turn since it goes on.
+    goes_on: bool,
     /// Rows in the order popped, where the driver wants them back in order.
     order: RowQueue,
     /// Rows whose used entries are staged, and how many of them the publication under way covers.
@@ -119,6 +124,8 @@ impl<E: DmaEngine> BlkLane<E> {
             throttled_until: None,
             limited: false,
             held: Vec::with_capacity(rows),
+            late: Vec::new(),
+            goes_on: false,
             order: RowQueue::new(),
             retiring: RowQueue::new(),
             publishing: 0,
@@ -138,7 +145,14 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     fn work(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
+        if let State::HandingOver(_) = self.queue.state {
+            return self.hand_on(now, chains_max);
+        }
         let mut did = false;
+        if self.goes_on {
+            self.go_on(now)?;
+            did = true;
+        }
         self.limited = self.shared.limits.iter().any(|limit| limit.is_limited());
         if self.throttled_until.is_some_and(|until| until <= now) || self.throttled_in_the_way() {
             self.release_throttled(now);
@@ -235,25 +249,23 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     fn deadline(&self) -> Option<Moment> {
+        match self.queue.state {
+            State::Stopped | State::Abandoned => return None,
+            State::HandingOver(until) => return Some(until),
+            State::Running | State::Stopping(_) | State::Failed => {}
+        }
         let held = self.held.iter().map(|row| self.rows[*row].retry_at).min();
         let blocked = self.ready.front().map(|row| self.rows[row].popped_at.after(self.shared.io_timeout));
-        let stopping = match self.queue.state {
-            State::Stopping(until) => Some(until),
-            _ => None,
-        };
-        [held, blocked, stopping, self.throttled_until].into_iter().flatten().min()
+        [held, blocked, self.queue.stopping_until(), self.throttled_until].into_iter().flatten().min()
+    }
+
+    fn hand_over(&mut self, now: Moment) {
+        self.queue.hand_over(now);
     }
 
     fn is_stopped(&mut self, now: Moment) -> bool {
-        let State::Stopping(until) = self.queue.state else { return true };
-        if !self.landing.is_empty() || !self.queue.is_at_rest() {
-            return false;
-        }
-        // What is still to be issued again goes on as far as there is room.
-        if self.queue.mirror.is_resuming() && self.rows.free_count() > 0 && !self.queue.ring_gone {
-            return false;
-        }
-        !self.in_channel() || (self.payload == PayloadPlace::Card && now >= until)
+        let is_done = self.has_come_to_rest(now);
+        self.queue.is_stopped(is_done)
     }
 
     fn position(&self) -> QueuePosition {
@@ -264,13 +276,13 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
         self.rows.in_use() > 0 || self.queue.mirror.is_resuming()
     }
 
+    fn resume(&mut self, start: QueueStart) {
+        self.queue.resume(start.port);
+        self.goes_on = true;
+    }
+
     fn abandon(&mut self) {
-        let idle: Vec<u16> = (0..self.rows.in_use() + self.rows.free_count())
-            .filter(|row| self.rows[*row].stage != Stage::Free && self.rows[*row].outstanding == 0)
-            .collect();
-        for number in idle {
-            self.drop_row(number);
-        }
+        self.drop_rows();
         for queue in [&mut self.landing, &mut self.ready, &mut self.order, &mut self.retiring] {
             queue.clear();
         }

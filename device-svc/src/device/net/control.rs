@@ -10,7 +10,7 @@ use super::command::{COMMAND_BYTES_MAX, Command};
 use crate::address::{CardAddress, Iova};
 use crate::backend::net::{Incoming, NetChannel};
 use crate::clock::Moment;
-use crate::device::queue::{Published, Queue, State};
+use crate::device::queue::{Published, Queue};
 use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
 use crate::dma::{CardMemory, DmaEngine, HostMemory, Ticket};
 use crate::link::{QueuePosition, QueueStart};
@@ -194,8 +194,7 @@ impl<E: DmaEngine> Lane for ControlLane<E> {
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
-        let stopping = matches!(self.queue.state, State::Stopping(_));
-        !stopping || (self.queue.ring_gone || self.command.is_none()) && self.queue.is_at_rest()
+        self.queue.is_stopped(self.queue.ring_gone || self.command.is_none())
     }
 
     fn position(&self) -> QueuePosition {

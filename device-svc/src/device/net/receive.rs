@@ -400,7 +400,7 @@ impl<E: DmaEngine> Lane for ReceiveLane<E> {
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
-        !matches!(self.queue.state, State::Stopping(_)) || self.queue.is_at_rest()
+        self.queue.is_stopped(true)
     }
 
     fn position(&self) -> QueuePosition {

@@ -26,7 +26,7 @@ use crate::backend::net::{
 use crate::clock::Moment;
 use crate::device::limit::Way;
 use crate::device::pages::{PAGE_BYTES, PageRun, Pages};
-use crate::device::queue::{Published, Queue, State};
+use crate::device::queue::{Published, Queue};
 use crate::device::{FaultReport, Lane, LaneQueue, NetLane, NetRole, QueueFault};
 use crate::dma::{CardMemory, Direction, DmaEngine, Ticket};
 use crate::link::{QueuePosition, QueueStart};
@@ -516,7 +516,7 @@ impl<E: DmaEngine> Lane for TransmitLane<E> {
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
         // Frames that were fetched and not sent are fetched again; nothing of them was seen by anybody.
-        !matches!(self.queue.state, State::Stopping(_)) || self.queue.is_at_rest()
+        self.queue.is_stopped(true)
     }
 
     fn position(&self) -> QueuePosition {

@@ -80,6 +80,8 @@ struct Session {
     protocol: bool,
     /// REPLY_ACK was negotiated.
     replies: bool,
+    /// GET_VRING_BASE_INFLIGHT was negotiated: a ring that stops leaves what is in flight to its record.
+    hands_over: bool,
 }
 
 /// Converses until the front end hangs up or breaks the protocol, or the link is `stopping` and ends the connection.
@@ -107,6 +109,7 @@ pub(super) fn run(
         own_record: own_record.cloned(),
         protocol: false,
         replies: false,
+        hands_over: false,
     };
     tracing::info!(function = name, "a front end is attached");
     let peeked = stream.try_clone();
@@ -183,9 +186,13 @@ impl Session {
 
     /// Stops a ring if it runs, and remembers where.
     fn halt(&mut self, number: u16) {
+        self.halt_with(number, |function| function.stop_queue(number));
+    }
+
+    fn halt_with(&mut self, number: u16, stop: impl FnOnce(&dyn FunctionSide) -> Option<QueuePosition>) {
         let ring = &mut self.rings[usize::from(number)];
         if std::mem::take(&mut ring.running)
-            && let Some(position) = self.function.stop_queue(number)
+            && let Some(position) = stop(self.function.as_ref())
         {
             tracing::debug!(function = %self.name, ring = number, ?position, "a ring has stopped");
             self.rings[usize::from(number)].position = Some(position);
@@ -341,7 +348,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             Some(_) => VhostUserProtocolFeatures::RARP | VhostUserProtocolFeatures::MTU,
             None => VhostUserProtocolFeatures::CONFIG,
         };
+        let hand_over = VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT;
+        let hand_over = if self.function.hands_over() { hand_over } else { VhostUserProtocolFeatures::empty() };
         Ok(kind
+            | hand_over
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -352,6 +362,8 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         self.replies = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+        let both = VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        self.hands_over = self.function.hands_over() && features & both.bits() == both.bits();
         Ok(())
     }
 
@@ -439,7 +451,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let packed = self.packed();
         let (number, _) = self.ring(index)?;
-        self.halt(number);
+        // The front end keeps the record, and a ring that runs has it.
+        if self.hands_over && self.inflight.is_some() {
+            self.halt_with(number, |function| function.hand_queue_over(number));
+        } else {
+            self.halt(number);
+        }
         let ring = &mut self.rings[usize::from(number)];
         ring.started = false;
         ring.kick = None;

@@ -103,15 +103,13 @@ impl<E: DmaEngine> BlkLane<E> {
         number: u16,
         result: Result<(), BlockFault>,
     ) -> Result<(), QueueFault> {
-        let row = &mut self.rows[number];
-        debug_assert!(row.outstanding > 0, "a completion without a request");
-        row.outstanding -= 1;
-        if self.queue.state == State::Abandoned {
-            if row.outstanding == 0 {
-                self.drop_row(number);
-            }
+        debug_assert!(self.rows[number].outstanding > 0, "a completion without a request");
+        if matches!(self.queue.state, State::Stopped | State::Abandoned) {
+            self.ended_late(number, result);
             return Ok(());
         }
+        let row = &mut self.rows[number];
+        row.outstanding -= 1;
         let in_place = self.payload == PayloadPlace::InPlace;
         match row.request {
             Request::Transfer { write, bytes, .. } => {

@@ -4,6 +4,7 @@
 mod allocations;
 mod death;
 mod simulation;
+mod stop;
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -34,6 +34,7 @@ pub(super) enum Call {
     Memory(Vec<(u64, u64)>),
     Start(u16),
     Stop(u16),
+    HandOver(u16),
     Config(u32, Vec<u8>),
     Reset,
     Detach,
@@ -47,6 +48,7 @@ pub(super) struct Record {
     pub(super) memory: Arc<HostMemory>,
     /// How many requests each stopped queue has seen: what is added to its position.
     pub(super) advance: u16,
+    pub(super) hands_over: bool,
 }
 
 #[derive(Default)]
@@ -62,6 +64,16 @@ impl FakeFunction {
         let result = change(&mut record);
         self.changed.notify_all();
         result
+    }
+
+    fn end(&self, call: Call, index: u16) -> Option<QueuePosition> {
+        self.note(call, |record| {
+            let advance = record.advance;
+            let start = record.running.remove(&index)?;
+            let position = start.position;
+            let next_avail = position.next_avail.wrapping_add(advance);
+            Some(QueuePosition { next_avail, next_used: position.next_used + advance, ..position })
+        })
     }
 
     /// Looks at the record, or changes it.
@@ -144,16 +156,17 @@ impl FunctionSide for FakeFunction {
 
     fn forget_queue(&self, _index: u16) {}
 
-    fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
-        self.note(Call::Stop(index), |record| {
-            let advance = record.advance;
-            let start = record.running.remove(&index)?;
-            let position = start.position;
-            let next_avail = position.next_avail.wrapping_add(advance);
-            Some(QueuePosition { next_avail, next_used: position.next_used + advance, ..position })
-        })
+    fn hands_over(&self) -> bool {
+        self.with(|record| record.hands_over)
     }
 
+    fn stop_queue(&self, index: u16) -> Option<QueuePosition> {
+        self.end(Call::Stop(index), index)
+    }
+
+    fn hand_queue_over(&self, index: u16) -> Option<QueuePosition> {
+        self.end(Call::HandOver(index), index)
+    }
     fn reset(&self) {
         self.note(Call::Reset, |record| record.running.clear());
     }

@@ -3,7 +3,7 @@
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
-use super::fake::{Bed, QUEUES, SIZE_MAX};
+use super::fake::{Bed, Call, QUEUES, SIZE_MAX};
 use crate::inflight::{QueueRecord, RecordIdentity};
 use crate::virtqueue::features;
 
@@ -72,4 +72,39 @@ fn a_record_that_does_not_fit_is_refused() {
     // What cannot be answered ends the conversation.
     assert!(guest.front_end.make_record(QUEUES + 1, SIZE_MAX).is_err());
     bed.function.wait_for_detached(1);
+}
+
+#[test]
+fn a_ring_hands_over_where_its_front_end_asked_for_that_and_keeps_the_record() {
+    use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+    let bit = Protocol::GET_VRING_BASE_INFLIGHT;
+    let both = bit | Protocol::INFLIGHT_SHMFD;
+    // What the function can, what the front end accepts, whether it gives a record; whether the ring hands over.
+    for (can, accepted, record, hands_over) in [
+        (true, both, true, true),
+        (true, both, false, false),
+        (true, Protocol::INFLIGHT_SHMFD, true, false),
+        (true, bit, false, false),
+        (false, Protocol::INFLIGHT_SHMFD, true, false),
+    ] {
+        let bed = Bed::server("hand-over");
+        bed.function.with(|function| (function.hands_over, function.advance) = (can, 5));
+        let mut guest = bed.connect(0);
+        let offered = guest.front_end.messages().get_protocol_features().unwrap();
+        assert_eq!(offered.contains(bit), can);
+        guest.front_end.messages().set_protocol_features(accepted | Protocol::REPLY_ACK).unwrap();
+        if record {
+            let record = guest.front_end.make_record(QUEUES, SIZE_MAX).unwrap();
+            guest.front_end.hand_over_record(&record).unwrap();
+        }
+        start(&mut guest, 0);
+        let before = bed.function.with(|function| function.calls.len());
+        assert_eq!(guest.front_end.stop_queue(0).unwrap(), 5);
+        let call = if hands_over { Call::HandOver(0) } else { Call::Stop(0) };
+        bed.function.with(|function| assert_eq!(function.calls[before..], [call], "{accepted:?}, record: {record}"));
+        // Any other reason to stop lets the requests end.
+        start(&mut guest, 0);
+        guest.front_end.messages().set_vring_enable(0, false).unwrap();
+        assert_eq!(bed.function.count(&Call::Stop(0)), usize::from(!hands_over) + 1);
+    }
 }

@@ -20,15 +20,15 @@ use crate::driver::block::BlockQueue;
 use crate::driver::{GuestMemory, QueueOptions};
 use crate::inflight::{AreaShape, RecordArea};
 
-const BLOCK_BYTES: u32 = 512;
+pub(super) const BLOCK_BYTES: u32 = 512;
 /// Turns after which a lane has done all it can.
 const TURNS_MAX: u32 = 5_000;
 
 /// A small generator (xorshift); never 0.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -37,16 +37,16 @@ impl Random {
 }
 
 /// A disk that outlives the process, with a queue of its own.
-struct Server {
+pub(super) struct Server {
     disk: Vec<u8>,
-    pending: Vec<BlockRequest>,
+    pub(super) pending: Vec<BlockRequest>,
     /// Offsets of all requests, in the order in which they came.
-    order: Vec<u64>,
+    pub(super) order: Vec<u64>,
     random: Random,
 }
 
 impl Server {
-    fn carry_out(&mut self, request: &BlockRequest) {
+    pub(super) fn carry_out(&mut self, request: &BlockRequest) {
         let start = request.offset as usize;
         let range = &mut self.disk[start..start + request.length as usize];
         let mut done = 0;
@@ -103,43 +103,46 @@ impl BlockChannel for Server {
 
 /// How a life goes.
 #[derive(Clone, Copy, Debug)]
-struct Mode {
-    packed: bool,
+pub(super) struct Mode {
+    pub(super) packed: bool,
     /// Chains go through tables, so that each takes one slot.
-    indirect: bool,
-    event_index: bool,
-    size: u16,
+    pub(super) indirect: bool,
+    pub(super) event_index: bool,
+    pub(super) in_order: bool,
+    pub(super) size: u16,
     /// Requests that the guest makes.
-    requests: u32,
-    seed: u64,
+    pub(super) requests: u32,
+    pub(super) seed: u64,
     /// Where the ring stands when its record is first attached.
-    start: u16,
+    pub(super) start: u16,
 }
 
 /// What outlives a process: the guest with its memory and rings, the disk, the record.
-struct World {
-    mode: Mode,
-    guest: BlockQueue,
-    memory: Arc<GuestMemory>,
+pub(super) struct World {
+    pub(super) mode: Mode,
+    pub(super) guest: BlockQueue,
+    pub(super) memory: Arc<GuestMemory>,
     table: Arc<HostMemory>,
-    server: Server,
-    shared: Arc<BlkShared>,
+    pub(super) server: Server,
+    pub(super) shared: Arc<BlkShared>,
     area: RecordArea,
     faults: Arc<Faults>,
-    interrupts: Arc<std::sync::atomic::AtomicU32>,
+    pub(super) interrupts: Arc<std::sync::atomic::AtomicU32>,
     features: u64,
     /// Of each row: the number that it waits for (a write's own, a read's expected), and whether it is a write.
-    rows: Vec<Option<(u64, bool)>>,
+    pub(super) rows: Vec<Option<(u64, bool)>>,
     /// The number in each row's block.
     blocks: Vec<u64>,
-    made: u32,
-    ended: u32,
-    now: u64,
-    random: Random,
+    pub(super) made: u32,
+    pub(super) ended: u32,
+    pub(super) now: u64,
+    pub(super) random: Random,
+    /// What the front end knows of where the ring stands: where the queue started first, if its cards died.
+    pub(super) position: QueuePosition,
 }
 
 impl World {
-    fn new(mode: Mode) -> Self {
+    pub(super) fn new(mode: Mode) -> Self {
         let rows = u32::from(mode.size);
         let info = BlockInfo {
             size_bytes: u64::from(rows) * u64::from(BLOCK_BYTES),
@@ -158,7 +161,8 @@ impl World {
         let wanted = features::VERSION_1
             | if mode.packed { features::RING_PACKED } else { 0 }
             | if mode.indirect { features::INDIRECT } else { 0 }
-            | if mode.event_index { features::EVENT_INDEX } else { 0 };
+            | if mode.event_index { features::EVENT_INDEX } else { 0 }
+            | if mode.in_order { features::IN_ORDER } else { 0 };
         let accepted = shared.offered_features() & wanted;
         assert_eq!(accepted, wanted);
         let memory = Arc::new(GuestMemory::new(0x1_0000, 1 << 18).unwrap());
@@ -190,35 +194,40 @@ impl World {
             ended: 0,
             now: 1,
             random: Random(mode.seed << 8 | 1),
+            position: QueuePosition { next_avail: mode.start, ..QueuePosition::fresh(mode.packed) },
         }
     }
 
-    /// A process starts: a lane on the ring as it is, with the record as it is. A front end knows no more of the position than
-    /// where the queue started first.
-    fn lane<const LATE: bool>(
-        &mut self,
-        engine: impl FnOnce(crate::dma::CardMemory, Arc<HostMemory>) -> DelayedEngine<LATE>,
-    ) -> BlkLane<DelayedEngine<LATE>> {
+    /// How the queue starts: on the ring as it is, with the record as it is.
+    pub(super) fn start(&mut self) -> QueueStart {
         let at = self.guest.queue().addresses();
-        let start = QueueStart {
+        QueueStart {
             index: 0,
             size: self.mode.size,
             descriptors: at.descriptors,
             driver: at.driver,
             device: at.device,
-            position: QueuePosition { next_avail: self.mode.start, ..QueuePosition::fresh(self.mode.packed) },
+            position: self.position,
             features: self.features,
             port: Box::new(CountingPort(Arc::clone(&self.interrupts))),
             inflight: Some(self.area.queue(0, self.mode.packed).unwrap()),
             is_resumed: true,
-        };
+        }
+    }
+
+    /// A process starts.
+    pub(super) fn lane<const LATE: bool>(
+        &mut self,
+        engine: impl FnOnce(crate::dma::CardMemory, Arc<HostMemory>) -> DelayedEngine<LATE>,
+    ) -> BlkLane<DelayedEngine<LATE>> {
+        let start = self.start();
         let report = Arc::clone(&self.faults) as Arc<dyn FaultReport>;
         let (shared, table) = (Arc::clone(&self.shared), Arc::clone(&self.table));
         BlkLane::new(start, shared, Arc::default(), report, |card| engine(card, table)).unwrap()
     }
 
     /// The guest takes what has ended, and makes new requests: each row reads or writes the block of its own number.
-    fn guest(&mut self) {
+    pub(super) fn guest(&mut self) {
         while let Some(one) = self.guest.take_ended() {
             let (number, write) = self.rows[one.row as usize].take().expect("a request ended twice");
             assert_eq!(one.status, 0);
@@ -255,7 +264,7 @@ impl World {
     }
 
     /// One turn of the reactor.
-    fn turn<const LATE: bool>(&mut self, lane: &mut BlkLane<DelayedEngine<LATE>>) {
+    pub(super) fn turn<const LATE: bool>(&mut self, lane: &mut BlkLane<DelayedEngine<LATE>>) {
         self.now += 1000;
         let now = Moment(self.now);
         lane.turn(now, crate::mirror::FETCH_MAX, &mut self.server);
@@ -267,7 +276,7 @@ impl World {
         lane.finish_turn(now);
     }
 
-    const fn is_done(&self) -> bool {
+    pub(super) const fn is_done(&self) -> bool {
         self.ended == self.mode.requests
     }
 
@@ -308,7 +317,7 @@ impl World {
         lived.is_ok()
     }
 
-    fn check(&mut self) {
+    pub(super) fn check(&mut self) {
         assert!(self.faults.0.lock().unwrap().is_empty(), "{:?}", self.faults.0.lock().unwrap());
         assert!(self.rows.iter().all(Option::is_none));
         assert_eq!((self.ended, self.guest.in_flight()), (self.mode.requests, 0));
@@ -341,13 +350,14 @@ fn lives(mode: Mode, late: bool, stores: &[u64]) -> usize {
     died
 }
 
-fn modes() -> impl Iterator<Item = (bool, Mode)> {
+pub(super) fn modes() -> impl Iterator<Item = (bool, Mode)> {
     (0..16u64).map(|bits| {
         let bit = |number: u64| bits >> number & 1 == 1;
         let mode = Mode {
             packed: bit(0),
             indirect: bit(1),
             event_index: bit(2),
+            in_order: false,
             size: 4,
             requests: 6,
             seed: bits + 1,
