@@ -127,14 +127,19 @@ impl Verifier {
         }
     }
 
-    /// Has the card stop the queue, which has seen every request so far; on a split ring that is what it says.
-    pub fn stop_after_all(&mut self) {
-        let requests = self.ended + u64::from(self.in_flight());
-        let Link::VhostUser { front_end, .. } = &mut self.link else { return self.stop() };
-        let base = front_end.stop_queue(0).unwrap();
-        if front_end.accepted() & features::RING_PACKED == 0 {
-            assert_eq!(u64::from(base), requests & 0xffff);
+    /// Has the card stop the queue, and takes what has ended. Returns how many requests the card had and leaves to the record, by the
+    /// base that it says.
+    pub fn hand_over(&mut self) -> u32 {
+        let Link::VhostUser { front_end, .. } = &mut self.link else { panic!("only over vhost-user") };
+        let (base, packed) = (front_end.stop_queue(0).unwrap(), front_end.accepted() & features::RING_PACKED != 0);
+        self.take();
+        if !packed {
+            return base.wrapping_sub(self.ended as u32) & 0xffff;
         }
+        // Slots, and above them the laps' parity, of the next available and the next used descriptor; three for each request.
+        let (available, used) = (base & 0xffff, base >> 16);
+        let lap = if (available ^ used) >> 15 == 0 { 0 } else { u32::from(QUEUE_SIZE) };
+        ((available & 0x7fff) + lap - (used & 0x7fff)) / 3
     }
 
     /// A random number below `limit`.
@@ -193,7 +198,9 @@ impl Verifier {
     fn check_data(&self, row: u32, number: u64) {
         let mut data = vec![0; BLOCK_BYTES as usize];
         self.memory.copy_out(self.queue.data_at(row), &mut data);
-        assert!(data == number.to_ne_bytes().repeat(BLOCK_BYTES as usize / 8), "row {row} does not read {number}");
+        let first = u64::from_ne_bytes(data[..8].try_into().unwrap());
+        let is_whole = data == first.to_ne_bytes().repeat(BLOCK_BYTES as usize / 8);
+        assert!(is_whole && first == number, "row {row} reads {first} (all of it: {is_whole}), not {number}");
     }
 
     /// Goes on until so many more requests have ended; with `more`, each is replaced by another.

@@ -2,7 +2,7 @@
 //! The card's service is killed at any moment and started again. Over vhost-user its front end keeps the record of what was in flight
 //! and hands it back; over vfio-user a keeper has it, and the connection. Nobody sees an error, nothing is lost, nothing is done twice.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,119 +112,128 @@ fn a_vmm_on_vfio_user_that_shares_no_memory_does_not_notice_either() {
     survive_over_vfio_user(features::EVENT_INDEX | features::RING_PACKED, Sharing::Messages, "");
 }
 
-/// Two functions on one volume, the first of which lets a request pass in a second.
-const TWO: &str = r#"
-[[function]]
-name = "slow"
-type = "blk"
-link = { type = "vhost-user", socket = "@/slow.sock" }
-volume = "v"
-limit = { iops = 1, burst = "1s" }
-[[function]]
-name = "fast"
-type = "blk"
-link = { type = "vhost-user", socket = "@/fast.sock" }
-volume = "v"
-"#;
-
-/// What a function counts.
-fn count(card: &Card, function: usize, what: &str) -> u64 {
-    card.stats()["functions"][function][what].as_u64().unwrap()
+/// An NBD server with a disk, and two cards that reach it. The first has the limit.
+struct Shared {
+    folder: tempfile::TempDir,
+    server: Process,
+    cards: [Card; 2],
 }
 
-fn ended(card: &Card, function: usize) -> u64 {
-    count(card, function, "reads") + count(card, function, "writes")
+impl Shared {
+    fn start(rig: &Path, limit: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::File::create(folder.path().join("disk")).unwrap().set_len(64 << 20).unwrap();
+        let server = Self::serve(rig, folder.path());
+        let uri = format!("nbd+unix:///?socket={}", folder.path().join("nbd.sock").display());
+        let cards = [limit, ""].map(|limit| {
+            let parts = format!(
+                r#"
+[[volume]]
+name = "v"
+backend = {{ type = "nbd", uri = "{uri}" }}
+[[function]]
+name = "f"
+type = "blk"
+link = {{ type = "vhost-user", socket = "@/f.sock" }}
+volume = "v"
+{limit}
+"#
+            );
+            Card::start(&CardSettings { parts, ..CardSettings::default() })
+        });
+        Self { folder, server, cards }
+    }
+
+    fn serve(rig: &Path, folder: &Path) -> Process {
+        let socket = folder.join("nbd.sock");
+        let _ = std::fs::remove_file(&socket);
+        let mut command = Command::new(rig.join("bin/nbdkit"));
+        let process = Process::start(command.args(["-f", "-U"]).arg(&socket).arg("file").arg(folder.join("disk")));
+        wait_for("nbdkit", || socket.exists());
+        process
+    }
+
+    fn sockets(&self) -> [PathBuf; 2] {
+        [0, 1].map(|card: usize| self.cards[card].path("f.sock"))
+    }
+
+    /// What a card's function counts.
+    fn count(&self, card: usize, what: &str) -> u64 {
+        self.cards[card].stats()["functions"][0][what].as_u64().unwrap()
+    }
+
+    fn ended(&self, card: usize) -> u64 {
+        self.count(card, "reads") + self.count(card, "writes")
+    }
+
+    /// Lets everything end.
+    fn finish(&self, verifier: &mut Verifier) {
+        verifier.finish(&self.folder.path().join("disk"));
+        assert_eq!([0, 1].map(|card| self.count(card, "errors")), [0, 0]);
+    }
 }
 
-/// A queue that stops with most of its requests before a limit leaves them to the record, and another function does them; then the same
-/// with requests at any other place, and back.
-fn hand_over_before_a_limit(wanted: u64) {
-    let volume = DISK.split("[[function]]").next().unwrap();
-    let card = Card::start(&CardSettings { parts: format!("{volume}{TWO}"), ..CardSettings::default() });
-    let (slow, fast) = (card.path("slow.sock"), card.path("fast.sock"));
+/// A queue that stops with most of its requests before a limit leaves them to the record, and another card does them; then the same with
+/// requests at any other place, and back.
+fn hand_over_before_a_limit(rig: &Path, wanted: u64) {
+    let shared = Shared::start(rig, r#"limit = { iops = 1, burst = "1s" }"#);
+    let [slow, fast] = shared.sockets();
     let mut verifier = Verifier::connect_to_hand_over(&slow, wanted);
-    let mut left = 0;
+    let (mut left, mut done) = (0, 0);
     for _ in 0..rounds(5, 10, 100) {
-        let before = ended(&card, 0);
         verifier.fill();
-        let in_flight = u64::from(verifier.in_flight());
-        wait_for("all requests are there", || count(&card, 0, "in-flight") + ended(&card, 0) - before == in_flight);
-        verifier.stop_after_all();
-        let done = ended(&card, 0);
-        verifier.take();
-        left += verifier.in_flight();
-        assert_eq!(
-            u64::from(verifier.in_flight()),
-            in_flight - (done - before),
-            "what it counts is what the driver sees"
-        );
+        let requests = u64::from(verifier.in_flight());
+        wait_for("all requests are there", || shared.count(0, "in-flight") + shared.ended(0) - done == requests);
+        let handed = verifier.hand_over();
+        assert_eq!(handed, verifier.in_flight(), "all that has not ended is in the record");
+        left += handed;
+        let before = std::mem::replace(&mut done, shared.ended(0));
+        assert_eq!(u64::from(handed), requests - (done - before), "what it counts is what the driver sees");
         verifier.reconnect(&fast);
         let requests = verifier.below(300);
-        verifier.go_on(u64::from(verifier.in_flight()) + requests, true);
+        verifier.go_on(u64::from(handed) + requests, true);
         verifier.fill();
         std::thread::sleep(Duration::from_micros(verifier.below(400)));
-        verifier.stop();
-        assert_eq!(ended(&card, 0), done, "a queue that handed over does nothing");
+        verifier.hand_over();
+        assert_eq!(shared.ended(0), done, "a queue that handed over does nothing");
         verifier.reconnect(&slow);
     }
     assert!(left > 40, "{left} requests were handed over");
-    verifier.stop();
+    verifier.hand_over();
     verifier.reconnect(&fast);
-    verifier.finish(&card.path("disk"));
-    assert_eq!((count(&card, 0, "errors"), count(&card, 1, "errors")), (0, 0));
+    shared.finish(&mut verifier);
 }
 
 #[test]
 fn a_queue_hands_over_what_waits_for_its_limit() {
-    hand_over_before_a_limit(features::EVENT_INDEX);
-    hand_over_before_a_limit(features::EVENT_INDEX | features::RING_PACKED);
+    let Some(rig) = rig() else { return };
+    hand_over_before_a_limit(&rig, features::EVENT_INDEX);
+    hand_over_before_a_limit(&rig, features::EVENT_INDEX | features::RING_PACKED);
 }
 
-/// A queue that stops while its server is away leaves its requests to the record. The server is back before the next function has them;
-/// the first, which waited for it, does none.
+/// A queue that stops while its server is away leaves its requests to the record. The server is back before the next card has them; the
+/// first, which waited for it, does none.
 fn hand_over_without_a_server(rig: &Path, wanted: u64) {
-    let folder = tempfile::tempdir().unwrap();
-    let (socket, disk) = (folder.path().join("nbd.sock"), folder.path().join("disk"));
-    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    let server = || {
-        let _ = std::fs::remove_file(&socket);
-        let mut command = Command::new(rig.join("bin/nbdkit"));
-        let process = Process::start(command.args(["-f", "-U"]).arg(&socket).arg("file").arg(&disk));
-        wait_for("nbdkit", || socket.exists());
-        process
-    };
-    let mut nbdkit = server();
-    let volume = format!(
-        "[[volume]]\nname = \"v\"\nbackend = {{ type = \"nbd\", uri = \"nbd+unix:///?socket={}\" }}\n",
-        socket.display()
-    );
-    let parts = volume + &TWO.replace("limit = { iops = 1, burst = \"1s\" }\n", "");
-    let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
-    let sockets = [card.path("slow.sock"), card.path("fast.sock")];
+    let mut shared = Shared::start(rig, "");
+    let sockets = shared.sockets();
     let mut verifier = Verifier::connect_to_hand_over(&sockets[0], wanted);
+    let mut left = 0;
     for round in 0..rounds(4, 6, 50) as usize {
         let (here, there) = (round % 2, (round + 1) % 2);
         let requests = verifier.below(300);
         verifier.fill();
         verifier.go_on(requests, true);
-        nbdkit.signal(Signal::SIGKILL);
-        nbdkit.end();
-        verifier.fill();
-        let left = u64::from(verifier.in_flight());
-        wait_for("all that is left is there, and none with a server", || {
-            verifier.take();
-            count(&card, here, "in-flight") == u64::from(verifier.in_flight()) && count(&card, here, "held") > 0
-        });
-        assert!(left > 0);
-        verifier.stop_after_all();
-        let done = ended(&card, here);
-        nbdkit = server();
+        shared.server.signal(Signal::SIGKILL);
+        shared.server.end();
+        left += verifier.hand_over();
+        let done = shared.ended(here);
+        shared.server = Shared::serve(rig, shared.folder.path());
         verifier.reconnect(&sockets[there]);
         verifier.go_on(u64::from(verifier.in_flight()), false);
-        assert_eq!(ended(&card, here), done, "a queue that handed over does nothing");
+        assert_eq!(shared.ended(here), done, "a queue that handed over does nothing");
     }
-    verifier.finish(&disk);
-    assert_eq!((count(&card, 0, "errors"), count(&card, 1, "errors")), (0, 0));
+    assert!(left > 0, "no request waited for the server");
+    shared.finish(&mut verifier);
 }
 
 #[test]

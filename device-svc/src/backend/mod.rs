@@ -220,4 +220,10 @@ pub trait BlockChannel: Send {
     fn deadline(&self) -> Option<Moment> {
         None
     }
+
+    /// Somebody else writes from now on: nothing that has ended is written again by this channel, whatever its server loses. Returns
+    /// whether nothing of that kind is under way; to be asked again after a turn if not.
+    fn forget_written(&mut self) -> bool {
+        true
+    }
 }

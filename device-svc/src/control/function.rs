@@ -309,14 +309,14 @@ impl CardFunction {
         let key = QueueKey { function: self.number, queue };
         self.reactor_of(queue).post(Message::Stop { key, hand_over, reply });
         let Stopped { position, parked } = answer.recv().ok().flatten()?;
-        inner.queues[slot] = match parked {
-            true if hand_over => {
-                // The record has it all; whoever goes on with that, this lane does not.
-                self.reactor_of(queue).post(Message::Forget { key });
-                QueueState::Off
-            }
-            true => QueueState::Parked(shape, position),
-            false => QueueState::Off,
+        inner.queues[slot] = if hand_over {
+            // The record has it all; whoever goes on with that, this lane does not.
+            self.reactor_of(queue).post(Message::Forget { key });
+            QueueState::Off
+        } else if parked {
+            QueueState::Parked(shape, position)
+        } else {
+            QueueState::Off
         };
         Some(position)
     }

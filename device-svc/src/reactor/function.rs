@@ -40,6 +40,8 @@ pub(super) struct FunctionSlot {
     /// Dropped before the lanes: it may hold requests whose memory belongs to them.
     pub(super) outlet: Outlet,
     pub(super) lanes: Vec<Option<LaneSlot>>,
+    /// Every lane has handed over, and none has started since.
+    handed_over: bool,
 }
 
 /// What a turn of a function came to.
@@ -62,6 +64,29 @@ impl Turned {
 }
 
 impl FunctionSlot {
+    pub(super) const fn new(function: u32, outlet: Outlet) -> Self {
+        Self { function, outlet, lanes: Vec::new(), handed_over: false }
+    }
+
+    /// Takes a lane in, in a free slot.
+    pub(super) fn start(&mut self, number: usize, slot: LaneSlot) {
+        self.lanes[number] = Some(slot);
+        self.handed_over = false;
+    }
+
+    /// A lane has handed over. With the last one the channel forgets what it has written: it is the next owner's to write there. Returns
+    /// whether nothing of that is under way; to be asked again after a turn if not.
+    pub(super) fn hand_over(&mut self, lane: usize) -> bool {
+        let runs = |(number, slot): (usize, &Option<LaneSlot>)| {
+            number != lane && slot.as_ref().is_some_and(|slot| !slot.abandoned)
+        };
+        self.handed_over = !self.lanes.iter().enumerate().any(runs);
+        match &mut self.outlet {
+            Outlet::Block(channel) if self.handed_over => channel.forget_written(),
+            _ => true,
+        }
+    }
+
     /// One turn, the `turn`th of the reactor. Each lane fetches at most `chains_max` chains; a channel without requests is
     /// polled only if `idle_too`.
     #[inline]
@@ -73,7 +98,7 @@ impl FunctionSlot {
         idle_too: bool,
         completions: &mut Vec<Completion>,
     ) -> Turned {
-        let Self { outlet, lanes, .. } = self;
+        let Self { outlet, lanes, handed_over, .. } = self;
         let mut turned = match outlet {
             Outlet::Block(channel) => {
                 let channel = channel.as_mut();
@@ -85,6 +110,10 @@ impl FunctionSlot {
                 if idle_too || channel.in_flight() > 0 {
                     channel.poll(now, completions);
                     turned.did |= complete(lanes, now, completions);
+                    if *handed_over {
+                        // What a server answered too late is not written again either.
+                        channel.forget_written();
+                    }
                 }
                 turned
             }

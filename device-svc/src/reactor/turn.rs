@@ -46,7 +46,8 @@ struct Place {
 }
 
 enum Wait {
-    Stop(Place, Sender<Option<Stopped>>),
+    /// The lane, whether it hands over, and who asks.
+    Stop(Place, bool, Sender<Option<Stopped>>),
     Reset(u32, Sender<()>),
     Close(u32, Sender<()>),
     Memory(u32, Arc<HostMemory>, Sender<()>),
@@ -168,7 +169,7 @@ impl Turning {
                         Some(slot) => slot.lane.stop(now),
                         None => {}
                     }
-                    self.waits.push(Wait::Stop(place, reply));
+                    self.waits.push(Wait::Stop(place, hand_over, reply));
                 }
                 None => drop(reply.send(None)),
             },
@@ -189,7 +190,7 @@ impl Turning {
 
     fn open_outlet(&mut self, function: u32, outlet: Outlet) {
         let number = free_slot(&mut self.functions);
-        let slot = FunctionSlot { function, outlet, lanes: Vec::new() };
+        let slot = FunctionSlot::new(function, outlet);
         let (fds, edges) = slot.wake_fds();
         let flags = if edges { EpollFlags::EPOLLIN | EpollFlags::EPOLLET } else { EpollFlags::EPOLLIN };
         for (channel, fd) in fds {
@@ -212,7 +213,7 @@ impl Turning {
         if let AnyLane::Block(lane) = &mut lane {
             lane.set_number(number as u32);
         }
-        slot.lanes[number] = Some(LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false });
+        slot.start(number, LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false });
         self.watch_doorbell(Place { function, lane: number });
         self.count_lanes();
     }
@@ -247,7 +248,7 @@ impl Turning {
             slot.abandoned = true;
             self.abandoned += 1;
             // A stop that was still waited for will not come.
-            self.waits.retain(|wait| !matches!(wait, Wait::Stop(stopping, _) if *stopping == place));
+            self.waits.retain(|wait| !matches!(wait, Wait::Stop(stopping, ..) if *stopping == place));
         }
         self.count_lanes();
     }
@@ -270,11 +271,13 @@ impl Turning {
     /// Answers a wait, or gives it back. An asker that has gone away is nobody's problem.
     fn settle_one(&mut self, wait: Wait, now: Moment) -> Option<Wait> {
         match wait {
-            Wait::Stop(place, reply) => {
-                let slot = self.lane(place)?;
-                if !slot.lane.is_stopped(now) {
-                    return Some(Wait::Stop(place, reply));
+            Wait::Stop(place, hand_over, reply) => {
+                let is_stopped = self.lane(place)?.lane.is_stopped(now);
+                let function = self.functions.get_mut(place.function)?.as_mut()?;
+                if !is_stopped || hand_over && !function.hand_over(place.lane) {
+                    return Some(Wait::Stop(place, hand_over, reply));
                 }
+                let slot = self.lane(place)?;
                 let _ = reply.send(Some(Stopped { position: slot.lane.position(), parked: slot.lane.has_parked() }));
                 self.forget_doorbell(place);
                 None

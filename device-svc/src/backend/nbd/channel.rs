@@ -485,6 +485,18 @@ impl BlockChannel for NbdChannel {
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.epoll.0.as_raw_fd())
     }
+
+    fn forget_written(&mut self) -> bool {
+        let Some(log) = &mut self.log else { return true };
+        log.forget_before(log.mark());
+        match &mut self.state {
+            State::Replaying { next, under_way } => {
+                *next = log.first();
+                *under_way == 0
+            }
+            State::Away | State::Ready => true,
+        }
+    }
 }
 
 impl Drop for NbdChannel {

@@ -15,6 +15,8 @@
 //! flight, nobody was told that it has ended, and the next owner issues it again in its order. Some of it may be carried out twice that
 //! way, none ends twice towards the driver. A request that ended and waits for its place in order is among those.
 //!
+//! A channel that writes again what its server may have lost forgets that with the last queue (see `BlockChannel::forget_written`).
+//!
 //! **What remains.** Payload that is in the VM's memory is waited for as long as it takes. Where it is in card memory the wait has an end:
 //! a server that has a request and says nothing may carry it out later, whatever the next owner has done by then. A server over NBD cannot
 //! be kept from it.

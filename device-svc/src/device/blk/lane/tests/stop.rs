@@ -177,6 +177,7 @@ fn a_lane_that_has_stopped_is_still_until_it_goes_on() {
         ring.answer(4, Err(BlockFault::Away));
         assert!(ring.seen() == seen);
         ring.assert_still();
+        ring.world.server.order.clear();
         let start = ring.world.start();
         ring.lane.resume(start);
         ring.turns(TURNS);
@@ -184,7 +185,6 @@ fn a_lane_that_has_stopped_is_still_until_it_goes_on() {
         let ended = if ring.world.mode.in_order { 1 } else { 3 };
         assert_eq!(ring.world.ended, ended, "what had ended in the meantime ends now, without being done again");
         // The two that met nobody go out again, in their order; the sixth is still where it was.
-        ring.world.server.order.clear();
         ring.world.now += 20_000_000;
         ring.turns(TURNS);
         assert_eq!(ring.issued(), [1, 4]);
