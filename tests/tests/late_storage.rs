@@ -47,7 +47,7 @@ fn nothing_of_a_dead_service_lands_late() {
     let disk = folder.path().join("disk");
     std::fs::File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
 
-    let rounds = rounds(1, 5, 50);
+    let rounds = rounds(1, 5, 20);
     let job = format!(
         "set -e
         insmod /lib/modules/dm-mod.ko

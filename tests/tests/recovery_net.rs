@@ -164,7 +164,7 @@ fn survive(wanted: u64) {
     let mut card = Card::start(&CardSettings { parts: LOOP.to_owned(), ..CardSettings::default() });
     let socket = card.path("f.sock");
     let mut sender = Sender::connect(&socket, wanted);
-    let kills = rounds(5, 50, 2000);
+    let kills = rounds(5, 50, 500);
     let mut under_way = 0;
     for _ in 0..kills {
         let frames = 50 + sender.below(300);
