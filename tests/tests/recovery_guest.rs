@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tests::{Card, CardSettings, GuestSettings, rig, rounds};
+use tests::{Card, CardSettings, GuestSettings, rig, rounds, wait_for};
 
 const DISK: &str = r#"
 [[volume]]
@@ -42,10 +42,14 @@ fn goes_on(card: &Card, arguments: &[&str]) {
     let limit = Duration::from_secs(110 + 4 * u64::from(kills));
     let mut guest = GuestSettings { limit, ..GuestSettings::new(card.folder(), &job, arguments) }.boot();
     let mut random = 0x9e37_79b9_u64;
+    let mut killed = None;
     for round in 1..=kills {
         guest.wait_for_output(&format!("ROUND {round}\r"));
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         std::thread::sleep(Duration::from_millis((random >> 33) % 120));
+        // One that is dying already dies but once.
+        wait_for("another service", || card.service_id().is_some_and(|id| Some(id) != killed));
+        killed = card.service_id();
         card.kill_service(Signal::SIGKILL);
     }
     let output = guest.succeed();

@@ -221,9 +221,16 @@ pub trait BlockChannel: Send {
         None
     }
 
-    /// Somebody else writes from now on: nothing that has ended is written again by this channel, whatever its server loses. Returns
-    /// whether nothing of that kind is under way; to be asked again after a turn if not.
-    fn forget_written(&mut self) -> bool {
+    /// Somebody else may write from now on: what has ended is made durable, and nothing of it is written again, whatever its server
+    /// loses. Returns whether that is done; to be polled and asked again if not. It holds until [`take_back`](Self::take_back).
+    fn hand_over(&mut self) -> bool {
         true
     }
+
+    /// Waiting is over: nothing that is under way reaches the server any more, and none of its answers counts. Requests end as if it were
+    /// away.
+    fn cut_off(&mut self, _now: Moment, _completions: &mut Vec<Completion>) {}
+
+    /// Requests come again.
+    fn take_back(&mut self) {}
 }

@@ -17,7 +17,7 @@ use device_svc::control::serve::{Card, Update};
 use device_svc::control::starter::start_reactors;
 use device_svc::keeper;
 use device_svc::state::{StateFolder, default_state_folder};
-use device_svc::tether::Tether;
+use device_svc::tether::{LANGUAGE, Tether};
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
@@ -47,7 +47,9 @@ fn tether(strict: bool) -> Result<Arc<Tether>> {
         report(panic);
         std::process::abort();
     }));
-    Ok(Arc::new(Tether::new(socket, strict)))
+    // One of an earlier version says nothing.
+    let language = std::env::var(LANGUAGE).ok().and_then(|language| language.parse().ok()).unwrap_or_default();
+    Ok(Arc::new(Tether::new(socket, strict, language)))
 }
 
 /// Serves until told to stop.

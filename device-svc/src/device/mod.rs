@@ -29,6 +29,7 @@ use crate::mirror::Reach;
 pub use crate::mirror::QueueFault;
 pub use pages::{PageRun, Pages};
 pub use queue::LaneQueue;
+pub(crate) use queue::STOP_PATIENCE;
 
 /// One virtqueue's pipeline, as far as it is the same for every device. What a lane does not say is what its queue does.
 pub trait Lane: Send {
@@ -86,6 +87,11 @@ pub trait Lane: Send {
     /// Goes on where it stopped, with a port of its own.
     fn resume(&mut self, start: QueueStart) {
         self.queue_mut().resume(start.port);
+    }
+
+    /// Whether it has stopped, and not gone on since.
+    fn is_still(&self) -> bool {
+        self.queue().is_still()
     }
 
     /// Forget every request; nobody will hear of it again.

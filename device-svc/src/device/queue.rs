@@ -22,7 +22,7 @@ use crate::metrics::QueueCounters;
 use crate::mirror::{CardLayout, Fetched, Mirror};
 
 /// How long a stopping queue waits for what the other side of the card has not answered yet.
-const STOP_PATIENCE: Duration = Duration::from_millis(500);
+pub(crate) const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum State {
@@ -318,6 +318,9 @@ pub trait LaneQueue {
     /// Begin nothing more.
     fn hand_over(&mut self, now: Moment);
 
+    /// Whether it has stopped, and not gone on since.
+    fn is_still(&self) -> bool;
+
     /// Goes on with this port.
     fn resume(&mut self, port: Box<dyn QueuePort>);
 
@@ -353,6 +356,10 @@ impl<E: DmaEngine> LaneQueue for Queue<E> {
         if matches!(self.state, State::Running | State::Failed) {
             self.state = State::HandingOver(now.after(STOP_PATIENCE));
         }
+    }
+
+    fn is_still(&self) -> bool {
+        self.state == State::Stopped
     }
 
     fn resume(&mut self, port: Box<dyn QueuePort>) {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use self::memory::{PackedEntry, PackedHeader, SplitEntry, SplitHeader};
+use self::memory::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, UsedPlaces};
 use crate::dma::{Mapping, MemoryError};
 
 pub use packed::{Marking, Note, PackedRecord, RecordedChain};
@@ -263,11 +263,28 @@ impl QueueRecord {
         self.region::<SplitHeader, SplitEntry>(0).header().used_idx.get()
     }
 
+    /// Of a split ring: how many requests are in flight, those of a batch among them that is published and not yet noted.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        let region = self.region::<SplitHeader, SplitEntry>(self.entries);
+        region.entries().iter().filter(|entry| entry.inflight.get() != 0).count()
+    }
+
     /// Of a split ring of `size` entries: whether more was fetched than such a ring holds, so that something of it has ended.
     #[must_use]
     pub fn has_completed(&self, size: u16) -> bool {
         let region = self.region::<SplitHeader, SplitEntry>(self.entries);
         region.entries().iter().any(|entry| entry.inflight.get() != 0 && entry.counter.get() > size.into())
+    }
+
+    /// Of a packed ring of `size` slots: whether used descriptors go where those of a new ring go, although more was fetched than such a
+    /// ring holds.
+    #[must_use]
+    pub fn begins_another_lap(&self, size: u16) -> bool {
+        let region = self.region::<PackedHeader, PackedEntry>(self.entries);
+        let places = UsedPlaces::decode(region.header().used_places.get());
+        let begins = [places.new, places.old].contains(&(0, 1));
+        begins && region.entries().iter().any(|entry| entry.inflight.get() != 0 && entry.counter.get() > size.into())
     }
 
     /// The region as that of one kind of ring. Panics if it does not fit: a record is made for one kind, and its area has checked

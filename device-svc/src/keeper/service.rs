@@ -15,6 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 
+use crate::tether::{LANGUAGE, LANGUAGE_FILES};
+
 /// Deaths of services that had served which are answered at once, within [`REMEMBERED`]; those after them get a pause.
 const AT_ONCE: usize = 64;
 const REMEMBERED: Duration = Duration::from_secs(30);
@@ -70,6 +72,7 @@ impl Service {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         // The new process has the descriptor too until it has become the program.
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+        command.env(LANGUAGE, LANGUAGE_FILES.to_string());
         command.arg0(&program.path).args(std::env::args_os().skip(1)).arg("--kept");
         if stand_by {
             command.arg("--stand-by");

@@ -40,8 +40,8 @@ pub(super) struct FunctionSlot {
     /// Dropped before the lanes: it may hold requests whose memory belongs to them.
     pub(super) outlet: Outlet,
     pub(super) lanes: Vec<Option<LaneSlot>>,
-    /// Every lane has handed over, and none has started since.
-    handed_over: bool,
+    /// The channel has something to do before the last lane has handed over.
+    handing_over: bool,
 }
 
 /// What a turn of a function came to.
@@ -65,26 +65,40 @@ impl Turned {
 
 impl FunctionSlot {
     pub(super) const fn new(function: u32, outlet: Outlet) -> Self {
-        Self { function, outlet, lanes: Vec::new(), handed_over: false }
+        Self { function, outlet, lanes: Vec::new(), handing_over: false }
     }
 
     /// Takes a lane in, in a free slot.
     pub(super) fn start(&mut self, number: usize, slot: LaneSlot) {
         self.lanes[number] = Some(slot);
-        self.handed_over = false;
+        if let Outlet::Block(channel) = &mut self.outlet {
+            channel.take_back();
+        }
     }
 
-    /// A lane has handed over. With the last one the channel forgets what it has written: it is the next owner's to write there. Returns
-    /// whether nothing of that is under way; to be asked again after a turn if not.
-    pub(super) fn hand_over(&mut self, lane: usize) -> bool {
+    /// A lane that hands over has stopped. Returns whether nothing can reach the server any more that the next owner does not want there; to
+    /// be asked again after a turn if not. `is_late`: that was long enough, and what is still under way is cut off.
+    pub(super) fn hand_over(
+        &mut self,
+        lane: usize,
+        is_late: bool,
+        now: Moment,
+        completions: &mut Vec<Completion>,
+    ) -> bool {
         let runs = |(number, slot): (usize, &Option<LaneSlot>)| {
-            number != lane && slot.as_ref().is_some_and(|slot| !slot.abandoned)
+            number != lane && slot.as_ref().is_some_and(|slot| !slot.abandoned && !slot.lane.is_still())
         };
-        self.handed_over = !self.lanes.iter().enumerate().any(runs);
-        match &mut self.outlet {
-            Outlet::Block(channel) if self.handed_over => channel.forget_written(),
-            _ => true,
+        let is_last = !self.lanes.iter().enumerate().any(runs);
+        let is_drained = self.lanes[lane].as_mut().is_none_or(|slot| slot.lane.is_drained());
+        let Outlet::Block(channel) = &mut self.outlet else { return true };
+        let is_done = is_drained && (!is_last || channel.hand_over());
+        if is_late && !is_done {
+            // Others on this channel see a server that is away for a moment; a write that is carried out behind the next owner's is worse.
+            channel.cut_off(now, completions);
+            complete(&mut self.lanes, now, completions);
         }
+        self.handing_over = !is_done && !is_late;
+        is_done || is_late
     }
 
     /// One turn, the `turn`th of the reactor. Each lane fetches at most `chains_max` chains; a channel without requests is
@@ -98,7 +112,7 @@ impl FunctionSlot {
         idle_too: bool,
         completions: &mut Vec<Completion>,
     ) -> Turned {
-        let Self { outlet, lanes, handed_over, .. } = self;
+        let Self { outlet, lanes, handing_over, .. } = self;
         let mut turned = match outlet {
             Outlet::Block(channel) => {
                 let channel = channel.as_mut();
@@ -107,13 +121,9 @@ impl FunctionSlot {
                     let AnyLane::Block(lane) = &mut slot.lane else { continue };
                     turned.lane(lane.turn(now, chains_max, channel), turn, &mut slot.worked_in, WEIGHT_BLOCK);
                 }
-                if idle_too || channel.in_flight() > 0 {
+                if idle_too || *handing_over || channel.in_flight() > 0 {
                     channel.poll(now, completions);
                     turned.did |= complete(lanes, now, completions);
-                    if *handed_over {
-                        // What a server answered too late is not written again either.
-                        channel.forget_written();
-                    }
                 }
                 turned
             }
@@ -195,6 +205,11 @@ impl FunctionSlot {
     /// Whether everything that was abandoned has let go of the VM's memory; if `all`, everything.
     pub(super) fn has_let_go(&mut self, all: bool) -> bool {
         self.lanes.iter_mut().flatten().all(|slot| !(all || slot.abandoned) || slot.lane.is_let_go())
+    }
+
+    /// Whether the channel has nothing of what was abandoned.
+    pub(super) fn is_drained(&mut self) -> bool {
+        self.lanes.iter_mut().flatten().all(|slot| !slot.abandoned || slot.lane.is_drained())
     }
 
     /// The next moment at which the function wants a turn though nothing wakes it.

@@ -15,6 +15,7 @@ use super::function::{FunctionSlot, LaneSlot, WEIGHT_BLOCK};
 use super::mailbox::{Mailbox, Message, QueueKey, Stopped};
 use crate::backend::Completion;
 use crate::clock::Moment;
+use crate::device::STOP_PATIENCE;
 use crate::device::{AnyLane, Outlet};
 use crate::dma::{HostMemory, Removed};
 use crate::metrics::ReactorCounters;
@@ -46,9 +47,10 @@ struct Place {
 }
 
 enum Wait {
-    /// The lane, whether it hands over, and who asks.
-    Stop(Place, bool, Sender<Option<Stopped>>),
-    Reset(u32, Sender<()>),
+    /// The lane, how long it may take if it hands over, and who asks.
+    Stop(Place, Option<Moment>, Sender<Option<Stopped>>),
+    /// The function, how long the channel may have something of it, and who asks.
+    Reset(u32, Moment, Sender<()>),
     Close(u32, Sender<()>),
     Memory(u32, Arc<HostMemory>, Sender<()>),
     LetGo(u32, Arc<Removed>, Sender<()>),
@@ -169,7 +171,8 @@ impl Turning {
                         Some(slot) => slot.lane.stop(now),
                         None => {}
                     }
-                    self.waits.push(Wait::Stop(place, hand_over, reply));
+                    let until = hand_over.then(|| now.after(STOP_PATIENCE));
+                    self.waits.push(Wait::Stop(place, until, reply));
                 }
                 None => drop(reply.send(None)),
             },
@@ -180,7 +183,7 @@ impl Turning {
             }
             Message::Reset { function, reply } => {
                 self.abandon_function(function);
-                self.waits.push(Wait::Reset(function, reply));
+                self.waits.push(Wait::Reset(function, now.after(STOP_PATIENCE), reply));
             }
             Message::SetMemory { function, memory, reply } => self.waits.push(Wait::Memory(function, memory, reply)),
             Message::LetGo { function, removed, reply } => self.waits.push(Wait::LetGo(function, removed, reply)),
@@ -271,20 +274,24 @@ impl Turning {
     /// Answers a wait, or gives it back. An asker that has gone away is nobody's problem.
     fn settle_one(&mut self, wait: Wait, now: Moment) -> Option<Wait> {
         match wait {
-            Wait::Stop(place, hand_over, reply) => {
+            Wait::Stop(place, until, reply) => {
                 let is_stopped = self.lane(place)?.lane.is_stopped(now);
                 let function = self.functions.get_mut(place.function)?.as_mut()?;
-                if !is_stopped || hand_over && !function.hand_over(place.lane) {
-                    return Some(Wait::Stop(place, hand_over, reply));
+                let mut has_handed_over =
+                    |until| function.hand_over(place.lane, until <= now, now, &mut self.completions);
+                if !is_stopped || !until.is_none_or(&mut has_handed_over) {
+                    return Some(Wait::Stop(place, until, reply));
                 }
                 let slot = self.lane(place)?;
                 let _ = reply.send(Some(Stopped { position: slot.lane.position(), parked: slot.lane.has_parked() }));
                 self.forget_doorbell(place);
                 None
             }
-            Wait::Reset(function, reply) => {
-                if !self.function(function).is_none_or(|slot| slot.has_let_go(false)) {
-                    return Some(Wait::Reset(function, reply));
+            Wait::Reset(function, until, reply) => {
+                // What the channel still has would land behind what the driver writes after the reset.
+                let is_over = |slot: &mut FunctionSlot| slot.has_let_go(false) && (until <= now || slot.is_drained());
+                if !self.function(function).is_none_or(is_over) {
+                    return Some(Wait::Reset(function, until, reply));
                 }
                 let _ = reply.send(());
                 None

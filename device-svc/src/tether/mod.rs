@@ -23,6 +23,11 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+/// The variable of the environment by which a keeper tells a service what it understands beside what every keeper does: a number.
+pub const LANGUAGE: &str = "DRAY_KEEPER_LANGUAGE";
+/// With this it keeps files.
+pub const LANGUAGE_FILES: u32 = 1;
+
 /// Bytes of a datagram at most.
 const DATAGRAM_BYTES_MAX: usize = 16 << 10;
 /// Descriptors with a datagram at most.
@@ -174,6 +179,8 @@ pub struct Tether {
     socket: Mutex<OwnedFd>,
     /// A program before this one goes on if this one cannot: then it must find every connection as it was.
     strict: bool,
+    /// What the keeper understands.
+    language: u32,
     /// All functions are there.
     serving: AtomicBool,
     /// The service makes room for another program: its connections go on without it.
@@ -223,12 +230,14 @@ pub struct Claimed {
 }
 
 impl Tether {
-    /// The service's end of `socket`; `strict`: a program before this one goes on if this one cannot.
+    /// The service's end of `socket`; `strict`: a program before this one goes on if this one cannot; `language`: what the keeper
+    /// [understands](LANGUAGE).
     #[must_use]
-    pub fn new(socket: OwnedFd, strict: bool) -> Self {
+    pub fn new(socket: OwnedFd, strict: bool, language: u32) -> Self {
         Self {
             socket: Mutex::new(socket),
             strict,
+            language,
             serving: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             restoring: Mutex::default(),
@@ -289,6 +298,12 @@ impl Tether {
         };
         let connection = self.connection(number, true);
         Ok(Some(Claimed { connection, stream: stream.into(), vmm: vmm.into() }))
+    }
+
+    /// Whether the keeper keeps files: one of an earlier version, whose place a later program has taken, does not.
+    #[must_use]
+    pub const fn keeps_files(&self) -> bool {
+        self.language >= LANGUAGE_FILES
     }
 
     /// The file of `function` that a service before has left, if it `fits`, or else the one that `make` makes.

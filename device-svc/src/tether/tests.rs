@@ -6,7 +6,7 @@ use super::*;
 
 fn tether() -> (Arc<Tether>, OwnedFd) {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
-    (Arc::new(Tether::new(ours, false)), theirs)
+    (Arc::new(Tether::new(ours, false, LANGUAGE_FILES)), theirs)
 }
 
 /// A keeper that gives these answers; returns what it was asked.
@@ -80,7 +80,7 @@ fn who_does_not_get_to_serve_leaves_all_as_it_was() {
     for (strict, ends) in [(true, false), (false, true)] {
         let (ours, keeper) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
-        let tether = Arc::new(Tether::new(ours, strict));
+        let tether = Arc::new(Tether::new(ours, strict, LANGUAGE_FILES));
         let answers = [Answer::Kept { number: 1 }, Answer::Kept { number: 2 }, Answer::Done];
         let keeper = answering(keeper, answers[..2 + usize::from(ends)].to_vec());
         let (good, bad) = (tether.claim("f").unwrap().unwrap(), tether.claim("g").unwrap().unwrap());

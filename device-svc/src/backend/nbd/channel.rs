@@ -66,6 +66,8 @@ pub(super) struct NbdChannel {
     /// has been rung because that reason is gone: a reactor that sleeps must learn to submit again.
     refused: bool,
     rung: bool,
+    /// Its queues have handed over: what it wrote may be written over by somebody else, and is not written again.
+    handed_over: bool,
     bridge: Bridge,
     epoll: Epoll,
     left: Arc<Left>,
@@ -100,6 +102,7 @@ impl NbdChannel {
             flush_wanted: false,
             refused: false,
             rung: false,
+            handed_over: false,
             bridge,
             epoll,
             left,
@@ -120,6 +123,9 @@ impl NbdChannel {
         }
         self.connected = now;
         self.looked = now;
+        if self.handed_over {
+            self.give_log_up();
+        }
         match &self.log {
             Some(log) if log.len() > 0 => {
                 tracing::info!(uri = %self.uri, writes = log.len(), "writing again what was not flushed");
@@ -128,6 +134,18 @@ impl NbdChannel {
             _ => self.get_ready(),
         }
         Ok(())
+    }
+
+    /// Nothing of the log is written again.
+    fn give_log_up(&mut self) {
+        if let Some(log) = self.log.as_mut().filter(|log| log.len() > 0) {
+            tracing::warn!(
+                uri = %self.uri,
+                writes = log.len(),
+                "the storage server was away when the queues were handed over: what it had not made durable is not written again"
+            );
+            log.forget_before(log.mark());
+        }
     }
 
     fn get_ready(&mut self) {
@@ -486,16 +504,32 @@ impl BlockChannel for NbdChannel {
         Some(self.epoll.0.as_raw_fd())
     }
 
-    fn forget_written(&mut self) -> bool {
-        let Some(log) = &mut self.log else { return true };
-        log.forget_before(log.mark());
-        match &mut self.state {
-            State::Replaying { next, under_way } => {
-                *next = log.first();
-                *under_way == 0
+    fn hand_over(&mut self) -> bool {
+        self.handed_over = true;
+        let has_written = self.log.as_ref().is_some_and(|log| log.len() > 0);
+        match self.state {
+            // Its log goes when the server is there again, if nobody has taken the queues back by then.
+            State::Away => true,
+            // Flushed after that.
+            State::Replaying { .. } => false,
+            State::Ready => {
+                self.flush_wanted |= has_written;
+                !has_written
             }
-            State::Away | State::Ready => true,
         }
+    }
+
+    fn cut_off(&mut self, now: Moment, completions: &mut Vec<Completion>) {
+        if self.state != State::Away {
+            for connection in &self.connections {
+                connection.forget_unsent();
+            }
+            self.lose(&Loss::HandedOver, now, completions);
+        }
+    }
+
+    fn take_back(&mut self) {
+        self.handed_over = false;
     }
 }
 
@@ -503,6 +537,9 @@ impl Drop for NbdChannel {
     fn drop(&mut self) {
         for connection in &mut self.connections {
             connection.say_goodbye(&mut self.iovecs);
+        }
+        if self.handed_over {
+            self.give_log_up();
         }
         // A request that ends with the channel has its room in the log given back; its outcome nobody learns.
         if let Some(mut log) = self.log.take().filter(|log| log.len() > 0) {

@@ -41,6 +41,9 @@ pub(super) enum Loss {
     /// A record of the replay log could not be written again.
     #[error("the server did not take unflushed writes again")]
     Replay,
+    /// It did not answer in time, and somebody else may write now.
+    #[error("the queues were handed over, and the server had not answered")]
+    HandedOver,
 }
 
 /// What the next byte from the server is.
@@ -96,6 +99,13 @@ impl Connection {
     /// The socket, to wait on.
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         self.transport.socket()
+    }
+
+    /// What the system has not sent yet shall not be sent any more when the connection is dropped.
+    pub(super) fn forget_unsent(&self) {
+        let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+        // A Unix socket knows none of it: what was written is the server's already.
+        let _ = nix::sys::socket::setsockopt(&self.socket(), nix::sys::socket::sockopt::Linger, &at_once);
     }
 
     /// Parts sent or to send, and not answered.

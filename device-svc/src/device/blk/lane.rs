@@ -145,13 +145,13 @@ impl<E: DmaEngine> BlkLane<E> {
     }
 
     fn work(&mut self, now: Moment, chains_max: u16, channel: &mut dyn BlockChannel) -> Result<bool, QueueFault> {
-        if let State::HandingOver(_) = self.queue.state {
-            return self.hand_on(now, chains_max);
-        }
         let mut did = false;
         if self.goes_on {
             self.go_on(now)?;
             did = true;
+        }
+        if let State::HandingOver(_) = self.queue.state {
+            return Ok(self.hand_on(now, chains_max)? || did);
         }
         self.limited = self.shared.limits.iter().any(|limit| limit.is_limited());
         if self.throttled_until.is_some_and(|until| until <= now) || self.throttled_in_the_way() {
@@ -251,7 +251,8 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     fn deadline(&self) -> Option<Moment> {
         match self.queue.state {
             State::Stopped | State::Abandoned => return None,
-            State::HandingOver(until) => return Some(until),
+            // Payload in the VM's memory is waited for as long as it takes, which the channel ends.
+            State::HandingOver(until) => return Some(until).filter(|_| self.payload == PayloadPlace::Card),
             State::Running | State::Stopping(_) | State::Failed => {}
         }
         let held = self.held.iter().map(|row| self.rows[*row].retry_at).min();
@@ -273,7 +274,7 @@ impl<E: DmaEngine> Lane for BlkLane<E> {
     }
 
     fn has_parked(&self) -> bool {
-        self.rows.in_use() > 0 || self.queue.mirror.is_resuming()
+        !self.queue.ring_gone && (self.rows.in_use() > 0 || self.queue.mirror.is_resuming())
     }
 
     fn resume(&mut self, start: QueueStart) {

@@ -171,7 +171,7 @@ impl VhostUserLink {
 
 /// A record of ours, where it is of use. Without one the function serves all the same.
 fn own_record(name: &str, function: &dyn FunctionSide, tether: Option<&Arc<Tether>>) -> Option<Arc<OwnRecord>> {
-    let tether = tether.filter(|_| function.network().is_none())?;
+    let tether = tether.filter(|tether| tether.keeps_files() && function.network().is_none())?;
     match OwnRecord::open(tether, name, function.queue_count(), function.queue_size_max()) {
         Ok(record) => Some(Arc::new(record)),
         Err(error) => {

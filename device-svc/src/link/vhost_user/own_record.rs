@@ -6,13 +6,13 @@
 //!                                                            no: the record is made anew
 //! ```
 //!
-//! A ring that this session has run itself is known. Of another nobody says whether it is the one that was left, so that must be plain from
-//! what there is:
+//! A ring that this session has stopped itself goes on if it starts where it stopped, and begins anew anywhere else. Of another nobody says
+//! whether it is the one that was left, so that must be plain from what there is:
 //!
 //! - the file of its memory, its addresses, size and kind are those of the ring that was left; and
 //! - the ring shows that a device has used something of it. A driver that begins anew clears its rings (virtio 1.3, 2.7.1 and 2.8.1), and
 //!   nobody but this function writes there. A ring that was left before anything was used looks new as well: it starts anew, and everything
-//!   in flight is fetched once more in its order, which is the same.
+//!   in flight is fetched once more in its order, which is the same (but where `recovery = "fail"` would have ended it).
 //!
 //! Network functions need no record: they use chains in their order, so that a ring itself says where to go on (`resume.rs`).
 
@@ -30,12 +30,12 @@ use crate::inflight::{AreaShape, QueueRecord, RecordArea};
 use crate::link::QueueStart;
 use crate::tether::{KeptFile, Tether};
 use crate::virtqueue::PackedDescriptor;
-use crate::virtqueue::packed::USED;
+use crate::virtqueue::packed::{AVAIL, USED};
 
 /// Regions start on a page, which is what can be mapped.
 const PAGE_BYTES: u64 = 4096;
-/// Where the used index is in a split ring's device area (virtio 1.3, 2.7.8).
-const USED_INDEX_AT: u64 = 2;
+/// Where the index is in both areas of a split ring (virtio 1.3, 2.7.6 and 2.7.8).
+const INDEX_AT: u64 = 2;
 
 /// Which ring a record is of. One that was never written is no ring's: it has no size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable)]
@@ -89,8 +89,8 @@ impl OwnRecord {
         Ok(Self { file, areas, queues })
     }
 
-    /// Has the ring that is about to start recorded, whose memory is in `file`; `is_ours`: whoever starts it has stopped it, at this
-    /// position. Returns whether it goes on by the record.
+    /// Has the ring that is about to start recorded, whose memory is in `file`; `stopped_here`: of a ring that whoever starts it has stopped,
+    /// whether it was at this position. Returns whether it goes on by the record.
     ///
     /// # Errors
     /// When the record cannot be read or written.
@@ -98,7 +98,7 @@ impl OwnRecord {
         &self,
         start: &mut QueueStart,
         packed: bool,
-        is_ours: bool,
+        stopped_here: Option<bool>,
         file: FileIdentity,
         memory: &Arc<HostMemory>,
     ) -> std::io::Result<bool> {
@@ -116,10 +116,10 @@ impl OwnRecord {
         let is_same = left == now.as_bytes() && record.is_known();
         // A ring outside memory is refused when the queue starts.
         let looks_used = || match packed {
-            true => packed_goes_on(start, memory).unwrap_or(false),
+            true => packed_goes_on(start, &record, memory).unwrap_or(false),
             false => split_goes_on(start, &record, memory).unwrap_or(false),
         };
-        let goes_on = is_same && (is_ours || looks_used());
+        let goes_on = is_same && stopped_here.unwrap_or_else(looks_used);
         if !goes_on {
             // In this order: one that dies in between leaves a record that nobody has written to.
             area.forget_queue(start.index, packed);
@@ -139,27 +139,34 @@ impl OwnRecord {
 
 /// Whether the ring stands where the record says, and not before anything was used.
 fn split_goes_on(start: &QueueStart, record: &QueueRecord, memory: &Arc<HostMemory>) -> Result<bool, Unmapped> {
-    let Ok(card) = CardMemory::new(2) else { return Ok(false) };
+    let Ok(card) = CardMemory::new(4) else { return Ok(false) };
     let mut engine = CopyEngine::new(card, Arc::clone(memory));
-    engine.read(Iova(start.device.0.wrapping_add(USED_INDEX_AT)), CardAddress(0), 2)?;
+    for (ring, to) in [(start.device, 0), (start.driver, 2)] {
+        engine.read(Iova(ring.0.wrapping_add(INDEX_AT)), CardAddress(to), 2)?;
+    }
     engine.submit();
-    let used: u16 = engine.card().get(CardAddress(0));
+    let [used, available]: [u16; 2] = [engine.card().get(CardAddress(0)), engine.card().get(CardAddress(2))];
     // It is 0 again after 65536 requests, which is not the beginning.
     let was_used = used != 0 || record.has_completed(start.size);
-    // One batch at most is published and not yet noted.
-    Ok(was_used && used.wrapping_sub(record.used_index()) <= start.size)
+    // One batch at most is published and not yet noted, and all else that is in flight was made available.
+    let batch = used.wrapping_sub(record.used_index());
+    let in_flight = record.in_flight().saturating_sub(batch.into());
+    Ok(was_used && batch <= start.size && in_flight <= available.wrapping_sub(used).into())
 }
 
 /// Whether anything of the ring was used, or is written over to be so.
-fn packed_goes_on(start: &QueueStart, memory: &Arc<HostMemory>) -> Result<bool, Unmapped> {
+fn packed_goes_on(start: &QueueStart, record: &QueueRecord, memory: &Arc<HostMemory>) -> Result<bool, Unmapped> {
     let Ok(card) = CardMemory::new(16 * u32::from(start.size)) else { return Ok(false) };
     let mut engine = CopyEngine::new(card, Arc::clone(memory));
     engine.read(start.descriptors, CardAddress(0), 16 * u32::from(start.size))?;
     engine.submit();
     // The address of our used descriptors is how many slots they took: of one whose flags are yet to be written that is all there is to see.
     let is_marked = |address: u64| address != 0 && address <= u64::from(start.size);
-    let mut ring = engine.card().values::<PackedDescriptor>(CardAddress(0), start.size);
-    Ok(ring.any(|descriptor| descriptor.flags & USED != 0 || is_marked(descriptor.address)))
+    let ring = || engine.card().values::<PackedDescriptor>(CardAddress(0), start.size);
+    let was_used = ring().any(|descriptor| descriptor.flags & USED != 0 || is_marked(descriptor.address));
+    // Every second lap looks like the first, if the driver has filled all of it.
+    let is_full = || ring().all(|descriptor| descriptor.flags & AVAIL != 0);
+    Ok(was_used || record.begins_another_lap(start.size) && is_full())
 }
 
 #[cfg(test)]

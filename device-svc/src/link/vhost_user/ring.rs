@@ -38,8 +38,8 @@ pub(super) struct Ring {
     pub(super) running: bool,
     /// It has run, so that its position is what we know, not what somebody says.
     pub(super) ran: bool,
-    /// Somebody has said since that it goes on elsewhere.
-    pub(super) moved: bool,
+    /// Where it was stopped last.
+    pub(super) stopped_at: Option<QueuePosition>,
 }
 
 /// A base as SET_VRING_BASE and GET_VRING_BASE carry it: on a split ring the available index, on a packed ring available slot

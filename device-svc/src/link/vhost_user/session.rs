@@ -189,13 +189,24 @@ impl Session {
         self.halt_with(number, |function| function.stop_queue(number));
     }
 
+    /// Stops a ring that the front end stops: it may go on elsewhere. What is in flight is left to the record, where both have agreed on that.
+    /// The front end keeps it, and a ring that runs has it.
+    fn let_go(&mut self, number: u16) {
+        if self.hands_over && self.inflight.is_some() {
+            self.halt_with(number, |function| function.hand_queue_over(number));
+        } else {
+            self.halt(number);
+        }
+    }
+
     fn halt_with(&mut self, number: u16, stop: impl FnOnce(&dyn FunctionSide) -> Option<QueuePosition>) {
         let ring = &mut self.rings[usize::from(number)];
         if std::mem::take(&mut ring.running)
             && let Some(position) = stop(self.function.as_ref())
         {
             tracing::debug!(function = %self.name, ring = number, ?position, "a ring has stopped");
-            self.rings[usize::from(number)].position = Some(position);
+            let ring = &mut self.rings[usize::from(number)];
+            (ring.position, ring.stopped_at) = (Some(position), Some(position));
         }
     }
 
@@ -203,7 +214,9 @@ impl Session {
     fn settle(&mut self, number: u16, changed: bool) -> Result<()> {
         let ring = &self.rings[usize::from(number)];
         let (wanted, running) = (ring.is_wanted(), ring.running);
-        if running && (!wanted || changed) {
+        if running && !wanted {
+            self.let_go(number);
+        } else if running && changed {
             self.halt(number);
         }
         if wanted && !self.rings[usize::from(number)].running {
@@ -214,7 +227,7 @@ impl Session {
                 return Err(self.refuse_as(GUEST_FAULT, "a ring cannot start", &why));
             }
             let ring = &mut self.rings[usize::from(number)];
-            (ring.running, ring.ran, ring.moved) = (true, true, false);
+            (ring.running, ring.ran) = (true, true);
         }
         Ok(())
     }
@@ -237,11 +250,12 @@ impl Session {
 
     /// Has a ring recorded by ourselves, if the front end does not. Returns whether it goes on by what is recorded.
     fn attach_own_record(&self, start: &mut QueueStart, number: u16) -> std::io::Result<bool> {
-        let Ring { addresses, ran, moved, .. } = &self.rings[usize::from(number)];
+        let Ring { addresses, position, stopped_at, .. } = &self.rings[usize::from(number)];
+        let stopped_here = stopped_at.map(|at| *position == Some(at));
         let file = addresses.and_then(|addresses| self.regions.file_of(addresses.descriptors));
         match (&self.own_record, file) {
             (Some(own), Some(file)) if start.inflight.is_none() => {
-                own.attach(start, self.packed(), *ran && !*moved, file, self.regions.memory())
+                own.attach(start, self.packed(), stopped_here, file, self.regions.memory())
             }
             _ => Ok(false),
         }
@@ -443,7 +457,6 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.halt(number);
         let known = self.rings[usize::from(number)].position.filter(|known| encode_base(*known, packed) == base);
         let ring = &mut self.rings[usize::from(number)];
-        ring.moved |= known.is_none();
         ring.position = Some(known.unwrap_or(position));
         self.settle(number, true)
     }
@@ -451,12 +464,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let packed = self.packed();
         let (number, _) = self.ring(index)?;
-        // The front end keeps the record, and a ring that runs has it.
-        if self.hands_over && self.inflight.is_some() {
-            self.halt_with(number, |function| function.hand_queue_over(number));
-        } else {
-            self.halt(number);
-        }
+        self.let_go(number);
         let ring = &mut self.rings[usize::from(number)];
         ring.started = false;
         ring.kick = None;

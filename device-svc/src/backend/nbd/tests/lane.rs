@@ -13,7 +13,7 @@ use crate::clock::Moment;
 use crate::dma::CardMemory;
 
 /// How long a test waits for what must come.
-const BOUND: Duration = Duration::from_secs(30);
+pub(super) const BOUND: Duration = Duration::from_secs(30);
 
 pub(super) struct Lane {
     // First, so that it is dropped before what it borrows.
@@ -96,6 +96,16 @@ impl Lane {
             }
         }
         self.channel.poll(Moment::now(), &mut self.completions);
+        self.take_completions();
+    }
+
+    /// Cuts the channel off.
+    pub(super) fn cut_off(&mut self, now: Moment) {
+        self.channel.cut_off(now, &mut self.completions);
+        self.take_completions();
+    }
+
+    fn take_completions(&mut self) {
         let mut again = Vec::new();
         for completion in std::mem::take(&mut self.completions) {
             let at = self.under_way.iter().position(|request| request.tag == completion.tag).unwrap();

@@ -2,6 +2,7 @@
 
 mod fake;
 mod garbage;
+mod hand_over;
 mod lane;
 mod loss;
 mod tls;

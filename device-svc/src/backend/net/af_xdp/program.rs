@@ -24,6 +24,8 @@ const XDP_PASS: i32 = 2;
 const FUNCTION_REDIRECT_MAP: i32 = 51;
 /// Where `struct xdp_md` has the number of the queue.
 const QUEUE_AT: i16 = 16;
+/// How often a command is given that the kernel breaks off because the thread has something else to do (a signal, work of an io_uring).
+const TRIES_MAX: u32 = 10;
 const LICENSE: &std::ffi::CStr = c"Apache-2.0";
 
 /// `struct bpf_insn`.
@@ -174,8 +176,16 @@ impl Program {
 /// # Safety
 /// What the attributes lead to must be as long as they say.
 unsafe fn bpf<T: IntoBytes + Immutable>(command: libc::c_long, attributes: &T) -> Result<libc::c_long, Errno> {
-    // SAFETY: the attributes are as long as said; no command used here writes to what they lead to.
-    Errno::result(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) })
+    let mut tries_left = TRIES_MAX;
+    loop {
+        tries_left -= 1;
+        // SAFETY: the attributes are as long as said; no command used here writes to what they lead to.
+        let done = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
+        match Errno::result(done) {
+            Err(Errno::EAGAIN) if tries_left > 0 => {}
+            result => return result,
+        }
+    }
 }
 
 /// # Safety

@@ -15,11 +15,11 @@
 //! flight, nobody was told that it has ended, and the next owner issues it again in its order. Some of it may be carried out twice that
 //! way, none ends twice towards the driver. A request that ended and waits for its place in order is among those.
 //!
-//! A channel that writes again what its server may have lost forgets that with the last queue (see `BlockChannel::forget_written`).
+//! A channel that writes again what its server may have lost has it made durable with the last queue (`BlockChannel::hand_over`).
 //!
-//! **What remains.** Payload that is in the VM's memory is waited for as long as it takes. Where it is in card memory the wait has an end:
-//! a server that has a request and says nothing may carry it out later, whatever the next owner has done by then. A server over NBD cannot
-//! be kept from it.
+//! **What remains.** Payload that is in the VM's memory is waited for as long as it takes. Where it is in card memory the wait has an end,
+//! at which the channel is cut off: nothing is sent from then on, and no answer counts. A server that has a request already may carry it out
+//! later, whatever the next owner has done by then. A server over NBD cannot be kept from it.
 
 use super::super::row::Stage;
 use super::{BlkLane, State};
@@ -57,7 +57,9 @@ impl<E: DmaEngine> BlkLane<E> {
             && !self.queue.ring_gone;
         let gives_up =
             self.payload == PayloadPlace::Card && self.queue.stopping_until().is_some_and(|until| until <= now);
-        self.landing.is_empty() && !goes_on && (gives_up || !self.in_channel())
+        // What an engine has failed to copy never lands.
+        let has_landed = self.landing.is_empty() || self.queue.mirror.engine().landed().is_err();
+        has_landed && !goes_on && (gives_up || !self.in_channel())
     }
 
     /// The channel has ended a request of a lane that is still, or was abandoned. It stays in the channel as far as a lane knows that may

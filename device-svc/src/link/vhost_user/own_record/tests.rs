@@ -11,7 +11,7 @@ use crate::driver::{DriverQueue, GuestMemory, QueueOptions};
 use crate::inflight::{PackedRecord, SplitRecord};
 use crate::link::vhost_user::port::EventPort;
 use crate::link::{QueuePosition, QueueStart};
-use crate::tether::{Answer, Question, receive, send};
+use crate::tether::{Answer, LANGUAGE_FILES, Question, receive, send};
 use crate::virtqueue::features;
 use crate::virtqueue::packed::Place;
 
@@ -40,7 +40,7 @@ impl Keeper {
             }
             file
         });
-        let record = OwnRecord::open(&Arc::new(Tether::new(ours, false)), "f", 2, 64).unwrap();
+        let record = OwnRecord::open(&Arc::new(Tether::new(ours, false, LANGUAGE_FILES)), "f", 2, 64).unwrap();
         self.0 = keeper.join().unwrap();
         record
     }
@@ -81,7 +81,7 @@ impl Bed {
     }
 
     fn attach(&self, own: &OwnRecord, start: &mut QueueStart, file: FileIdentity) -> bool {
-        own.attach(start, self.packed, false, file, &self.memory).unwrap()
+        own.attach(start, self.packed, None, file, &self.memory).unwrap()
     }
 
     /// Whether the ring, as it is, goes on by this record.
@@ -103,20 +103,21 @@ impl Bed {
                 entries.extend([0, 1].map(|_| marking.chain([descriptor])));
             });
             record.link(entries[..1].iter().copied(), Place { slot: 1, wrap: true });
-            self.guest.put(start.descriptors, PackedDescriptor { address: 1, flags: 1 << 7 | USED, ..descriptor });
+            self.guest.put(start.descriptors, PackedDescriptor { address: 1, flags: AVAIL | USED, ..descriptor });
             record.complete(entries[..1].iter().copied());
         } else {
             let mut record = SplitRecord::new(&record);
             assert_eq!(record.attach(0, SIZE), Ok(None));
             record.mark([3, 4].into_iter());
             record.link(std::iter::once(3));
+            self.guest.put(Iova(start.driver.0 + INDEX_AT), 2_u16);
             self.put_used(1);
             record.complete(std::iter::once(3), 1);
         }
     }
 
     fn put_used(&self, used: u16) {
-        self.guest.put(Iova(self.start().device.0 + USED_INDEX_AT), used);
+        self.guest.put(Iova(self.start().device.0 + INDEX_AT), used);
     }
 }
 
@@ -217,6 +218,43 @@ fn a_used_index_of_zero_is_the_beginning_only_at_the_beginning() {
 }
 
 #[test]
+fn a_ring_in_which_less_is_available_than_was_in_flight_is_none_that_was_left() {
+    let (mut keeper, bed) = (Keeper(None), Bed::new(false));
+    bed.use_one(&keeper.open());
+    bed.guest.put(Iova(bed.start().driver.0 + INDEX_AT), 1_u16);
+    assert!(!bed.goes_on(&keeper.open()));
+}
+
+#[test]
+fn a_packed_ring_that_is_full_of_its_third_lap_goes_on() {
+    let (mut keeper, bed) = (Keeper(None), Bed::new(true));
+    let own = keeper.open();
+    let mut start = bed.start();
+    assert!(!bed.attach(&own, &mut start, FILE));
+    let mut record = PackedRecord::new(&start.inflight.unwrap(), SIZE).unwrap();
+    let mut place = Place { slot: 0, wrap: true };
+    assert_eq!(record.attach(SIZE, place, 0), Ok(None));
+    let descriptor = PackedDescriptor { address: 0x1_0000, length: 512, id: 0, flags: AVAIL };
+    // One is in flight all the time, and others pass it for two laps.
+    record.mark(|marking| marking.chain([descriptor]));
+    for _ in 0..2 * SIZE {
+        let entry = record.mark(|marking| marking.chain([descriptor]));
+        place = place.advance(1, SIZE);
+        record.link(std::iter::once(entry), place);
+        record.complete(std::iter::once(entry));
+    }
+    record.mark(|marking| marking.chain([descriptor]));
+    assert_eq!(place, Place { slot: 0, wrap: true });
+    for slot in 0..SIZE {
+        bed.guest.put(Iova(start.descriptors.0 + 16 * u64::from(slot)), descriptor);
+    }
+    assert!(bed.goes_on(&keeper.open()));
+    // A ring that begins anew is not full at once, or nobody was there for long.
+    bed.guest.put(start.descriptors, PackedDescriptor::default());
+    assert!(!bed.goes_on(&keeper.open()));
+}
+
+#[test]
 fn a_reset_forgets_what_was_in_flight() {
     for packed in [false, true] {
         let (mut keeper, bed) = (Keeper(None), Bed::new(packed));
@@ -237,8 +275,8 @@ fn a_ring_that_was_stopped_in_good_order_is_known_whatever_it_looks_like() {
     assert_eq!(record.attach(0, SIZE), Ok(None));
     record.mark([3].into_iter());
     // Nothing was used: requests wait for a server that is away.
-    assert!(own.attach(&mut bed.start(), false, true, FILE, &bed.memory).unwrap());
-    assert!(!own.attach(&mut bed.start(), false, false, FILE, &bed.memory).unwrap());
+    assert!(own.attach(&mut bed.start(), false, Some(true), FILE, &bed.memory).unwrap());
+    assert!(!own.attach(&mut bed.start(), false, Some(false), FILE, &bed.memory).unwrap());
 }
 
 #[test]
@@ -246,7 +284,9 @@ fn a_file_of_another_shape_is_not_taken() {
     let mut keeper = Keeper(Some(File::from(memfd_create(c"other", MFdFlags::MFD_CLOEXEC).unwrap()).into()));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     let file = keeper.0.take().unwrap();
-    let service = std::thread::spawn(move || OwnRecord::open(&Arc::new(Tether::new(ours, false)), "f", 2, 64).unwrap());
+    let service = std::thread::spawn(move || {
+        OwnRecord::open(&Arc::new(Tether::new(ours, false, LANGUAGE_FILES)), "f", 2, 64).unwrap()
+    });
     receive::<Question>(&theirs).unwrap();
     send(&theirs, &Answer::Done, &[file.as_fd()]).unwrap();
     let (asked, fds) = receive::<Question>(&theirs).unwrap();

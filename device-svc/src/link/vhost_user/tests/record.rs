@@ -1,5 +1,6 @@
 //! The record of requests in flight, as a front end asks for it and hands it over.
 
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
@@ -102,9 +103,17 @@ fn a_ring_hands_over_where_its_front_end_asked_for_that_and_keeps_the_record() {
         assert_eq!(guest.front_end.stop_queue(0).unwrap(), 5);
         let call = if hands_over { Call::HandOver(0) } else { Call::Stop(0) };
         bed.function.with(|function| assert_eq!(function.calls[before..], [call], "{accepted:?}, record: {record}"));
-        // Any other reason to stop lets the requests end.
+        // QEMU disables a ring first, and asks for its base then.
         start(&mut guest, 0);
+        let before = bed.function.with(|function| function.calls.len());
         guest.front_end.messages().set_vring_enable(0, false).unwrap();
-        assert_eq!(bed.function.count(&Call::Stop(0)), usize::from(!hands_over) + 1);
+        guest.front_end.stop_queue(0).unwrap();
+        let call = if hands_over { Call::HandOver(0) } else { Call::Stop(0) };
+        bed.function.with(|function| assert_eq!(function.calls[before..], [call], "{accepted:?}, record: {record}"));
+        // A ring that only changes lets its requests end.
+        start(&mut guest, 0);
+        let stops = bed.function.count(&Call::Stop(0));
+        guest.front_end.messages().set_vring_num(0, 8).unwrap();
+        assert_eq!(bed.function.count(&Call::Stop(0)), stops + 1);
     }
 }
