@@ -71,6 +71,7 @@ impl FunctionSlot {
     /// Takes a lane in, in a free slot.
     pub(super) fn start(&mut self, number: usize, slot: LaneSlot) {
         self.lanes[number] = Some(slot);
+        self.handing_over = false;
         if let Outlet::Block(channel) = &mut self.outlet {
             channel.take_back();
         }
