@@ -231,6 +231,6 @@ pub trait BlockChannel: Send {
     /// away.
     fn cut_off(&mut self, _now: Moment, _completions: &mut Vec<Completion>) {}
 
-    /// Requests come again.
-    fn take_back(&mut self) {}
+    /// Requests come again; `unchanged`: nobody else has written since, if it was [handed over](Self::hand_over).
+    fn take_back(&mut self, _unchanged: bool) {}
 }

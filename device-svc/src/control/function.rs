@@ -4,6 +4,7 @@
 //! anybody. What goes wrong on a reactor comes back through a courier thread, because telling the host may block.
 
 mod faults;
+mod handed_over;
 mod net;
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use faults::{FaultNotice, start_courier};
 
+use self::handed_over::HandedOver;
 use super::seam::{Notify, Standing};
 use crate::backend::BackendError;
 use crate::config::{BlkConfig, FunctionConfig, LimitConfig, PayloadConfig, RecoveryConfig};
@@ -25,6 +27,7 @@ use crate::link::{FunctionSide, HostEvents, NetworkSide, QueuePosition, QueueSta
 use crate::metrics::QueueCounters;
 use crate::mirror::check_addresses;
 use crate::reactor::{Message, QueueKey, ReactorHandle, Reactors, Stopped};
+use crate::virtqueue::features;
 use crate::volume::Volume;
 use faults::Reporter;
 
@@ -56,6 +59,7 @@ struct Inner {
     features: u64,
     host: Option<Arc<dyn HostEvents>>,
     queues: Vec<QueueState>,
+    handed_over: HandedOver,
     fault: Option<String>,
     /// How often the function was reset.
     life: u64,
@@ -188,6 +192,7 @@ impl CardFunction {
                 features: 0,
                 host: None,
                 queues: vec![QueueState::Off; queues],
+                handed_over: HandedOver::new(queues),
                 fault: None,
                 life: 0,
                 closed: false,
@@ -310,6 +315,7 @@ impl CardFunction {
         self.reactor_of(queue).post(Message::Stop { key, hand_over, reply });
         let Stopped { position, parked } = answer.recv().ok().flatten()?;
         inner.queues[slot] = if hand_over {
+            inner.handed_over.leaves(slot);
             // The record has it all; whoever goes on with that, this lane does not.
             self.reactor_of(queue).post(Message::Forget { key });
             QueueState::Off
@@ -324,6 +330,7 @@ impl CardFunction {
     fn reset_locked(&self, inner: &mut Inner) {
         self.ask_each(|reply| Message::Reset { function: self.number, reply });
         inner.queues.fill(QueueState::Off);
+        inner.handed_over.forget();
         inner.features = 0;
         inner.fault = None;
         inner.life += 1;
@@ -408,6 +415,8 @@ impl FunctionSide for Arc<CardFunction> {
         self.stop_locked(&mut inner, queue, false);
         let key = QueueKey { function: self.number, queue };
         let (descriptors, driver, device) = (start.descriptors, start.driver, start.device);
+        let packed = start.features & features::RING_PACKED != 0;
+        let unchanged = inner.handed_over.starts(queue.into(), start.inflight.clone(), packed);
         let record = start.inflight.as_ref().map(QueueRecord::identity);
         let shape = Shape { size: start.size, features: start.features, descriptors, driver, device, record };
         if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
@@ -419,7 +428,7 @@ impl FunctionSide for Arc<CardFunction> {
             let place = LanePlace { memory: Arc::clone(&inner.memory), reach, counters, report };
             let lane = self.device.lane(start, place);
             let lane = lane.map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
-            self.reactor_of(queue).post(Message::Start { key, lane });
+            self.reactor_of(queue).post(Message::Start { key, lane, unchanged });
         }
         inner.queues[usize::from(queue)] = QueueState::Running(shape);
         let standing = CardFunction::standing_of(&inner);

@@ -17,6 +17,7 @@ mod packed;
 mod split;
 
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -261,6 +262,29 @@ impl QueueRecord {
     #[must_use]
     pub fn used_index(&self) -> u16 {
         self.region::<SplitHeader, SplitEntry>(0).header().used_idx.get()
+    }
+
+    /// A number that is another one after anybody has written to it.
+    #[must_use]
+    pub fn fingerprint(&self, packed: bool) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        if packed {
+            let region = self.region::<PackedHeader, PackedEntry>(self.entries);
+            let header = region.header();
+            (header.version.get(), header.free_heads.get(), header.used_places.get()).hash(&mut hasher);
+            for entry in region.entries() {
+                (entry.inflight.get(), entry.next.get(), entry.num.get(), entry.counter.get(), entry.descriptor())
+                    .hash(&mut hasher);
+            }
+        } else {
+            let region = self.region::<SplitHeader, SplitEntry>(self.entries);
+            let header = region.header();
+            (header.version.get(), header.last_batch_head.get(), header.used_idx.get()).hash(&mut hasher);
+            for entry in region.entries() {
+                (entry.inflight.get(), entry.next.get(), entry.counter.get()).hash(&mut hasher);
+            }
+        }
+        hasher.finish()
     }
 
     /// Of a split ring: how many requests are in flight, those of a batch among them that is published and not yet noted.

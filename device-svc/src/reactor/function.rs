@@ -68,12 +68,12 @@ impl FunctionSlot {
         Self { function, outlet, lanes: Vec::new(), handing_over: false }
     }
 
-    /// Takes a lane in, in a free slot.
-    pub(super) fn start(&mut self, number: usize, slot: LaneSlot) {
+    /// Takes a lane in, in a free slot; `unchanged`: no queue that was handed over has run elsewhere.
+    pub(super) fn start(&mut self, number: usize, slot: LaneSlot, unchanged: bool) {
         self.lanes[number] = Some(slot);
         self.handing_over = false;
         if let Outlet::Block(channel) = &mut self.outlet {
-            channel.take_back();
+            channel.take_back(unchanged);
         }
     }
 

@@ -57,6 +57,8 @@ pub enum Message {
         key: QueueKey,
         /// Its lane.
         lane: AnyLane,
+        /// Whether no queue that the function has handed over has run elsewhere since.
+        unchanged: bool,
     },
     /// A stopped lane with parked requests goes on.
     Resume {

@@ -42,7 +42,7 @@ impl Bed {
     fn start(&self, queue: u16, shape: impl FnOnce(&mut FakeLane)) {
         let mut lane = FakeLane::new(&self.record, queue);
         shape(&mut lane);
-        self.post(Message::Start { key: key(queue), lane: AnyLane::Block(Box::new(lane)) });
+        self.post(Message::Start { key: key(queue), lane: AnyLane::Block(Box::new(lane)), unchanged: false });
     }
 
     fn stop(&self, queue: u16) -> Receiver<Option<Stopped>> {
@@ -120,7 +120,7 @@ fn what_is_not_there_has_stopped_nowhere() {
     assert_eq!(bed.stop(7).recv_timeout(PATIENCE).unwrap(), None);
     // A lane of a function without a channel was closed in the meantime: nobody turns it.
     let lane = Box::new(FakeLane::new(&bed.record, 9));
-    bed.post(Message::Start { key: QueueKey { function: 2, queue: 9 }, lane: AnyLane::Block(lane) });
+    bed.post(Message::Start { key: QueueKey { function: 2, queue: 9 }, lane: AnyLane::Block(lane), unchanged: false });
     bed.record.wait_for(|notes| notes.contains(&Note::LaneDropped(9)));
     assert_eq!(bed.record.with(|notes| notes.iter().filter(|note| **note == Note::Turn(9)).count()), 0);
 }

@@ -154,7 +154,7 @@ impl Turning {
                 self.abandon_function(function);
                 self.waits.push(Wait::Close(function, reply));
             }
-            Message::Start { key, lane } => self.start(key, lane),
+            Message::Start { key, lane, unchanged } => self.start(key, lane, unchanged),
             Message::Resume { key, start } => {
                 if let Some(place) = self.place_of(key) {
                     self.forget_doorbell(place);
@@ -202,7 +202,7 @@ impl Turning {
         self.functions[number] = Some(slot);
     }
 
-    fn start(&mut self, key: QueueKey, mut lane: AnyLane) {
+    fn start(&mut self, key: QueueKey, mut lane: AnyLane, unchanged: bool) {
         if let Some(old) = self.place_of(key) {
             self.abandon(old);
         }
@@ -216,7 +216,8 @@ impl Turning {
         if let AnyLane::Block(lane) = &mut lane {
             lane.set_number(number as u32);
         }
-        slot.start(number, LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false });
+        let lane = LaneSlot { queue: key.queue, lane, worked_in: turns, abandoned: false };
+        slot.start(number, lane, unchanged);
         self.watch_doorbell(Place { function, lane: number });
         self.count_lanes();
     }

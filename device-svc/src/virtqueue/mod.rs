@@ -63,7 +63,7 @@ pub struct Descriptor {
 }
 
 /// A descriptor of a packed ring (virtio 1.3, 2.8.13), also its used form.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct PackedDescriptor {
     /// Where the buffer is.

@@ -528,8 +528,10 @@ impl BlockChannel for NbdChannel {
         }
     }
 
-    fn take_back(&mut self) {
-        self.handed_over = false;
+    fn take_back(&mut self, unchanged: bool) {
+        if std::mem::take(&mut self.handed_over) && !unchanged {
+            self.give_log_up();
+        }
     }
 }
 

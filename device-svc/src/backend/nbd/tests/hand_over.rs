@@ -23,21 +23,21 @@ fn what_was_written_is_made_durable_and_never_written_again() {
     let fake = Fake::new(Manner::default());
     let (_backend, mut lane) = lane(&fake);
     assert!(lane.channel.hand_over(), "nothing was written");
-    lane.channel.take_back();
+    lane.channel.take_back(true);
     lane.write(0, &pattern(1, 4096)).unwrap();
     assert!(!lane.channel.hand_over());
     turn_until(&mut lane, |lane| lane.channel.hand_over());
     assert_eq!(fake.durable()[..4096], pattern(1, 4096));
     assert_eq!(count(&fake, wire::COMMAND_FLUSH), 1);
     fake.lose_power();
-    lane.channel.take_back();
+    lane.channel.take_back(true);
     assert_eq!(lane.read(0, 4096).unwrap(), pattern(1, 4096));
     assert_eq!(count(&fake, wire::COMMAND_WRITE), 1);
 }
 
 #[test]
-fn a_server_that_was_away_gets_what_it_lost_only_if_the_queues_come_back_first() {
-    for comes_back in [false, true] {
+fn a_server_that_was_away_gets_what_it_lost_only_if_the_queues_come_back_first_and_unchanged() {
+    for (comes_back, unchanged) in [(false, false), (true, false), (true, true)] {
         let fake = Fake::new(Manner::default());
         let (_backend, mut lane) = lane(&fake);
         lane.write(0, &pattern(1, 4096)).unwrap();
@@ -47,12 +47,12 @@ fn a_server_that_was_away_gets_what_it_lost_only_if_the_queues_come_back_first()
         turn_until(&mut lane, |_| fake.connections() > before);
         assert!(lane.channel.hand_over(), "there is nobody to wait for");
         if comes_back {
-            lane.channel.take_back();
+            lane.channel.take_back(unchanged);
         }
         fake.change(|manner| *manner = Manner::default());
-        let expected = if comes_back { pattern(1, 4096) } else { vec![0; 4096] };
+        let expected = if unchanged { pattern(1, 4096) } else { vec![0; 4096] };
         assert_eq!(lane.read(0, 4096).unwrap(), expected);
-        assert_eq!(count(&fake, wire::COMMAND_WRITE), 1 + usize::from(comes_back));
+        assert_eq!(count(&fake, wire::COMMAND_WRITE), 1 + usize::from(unchanged));
     }
 }
 
