@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use device_svc::config::{Config, DeviceConfig, MacAddress};
 use device_svc::config::quantity::{format_duration, format_size, parse_duration, parse_size};
+use device_svc::config::{Config, DeviceConfig, MacAddress};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -54,7 +54,8 @@ impl World {
             mapped: full,
             msix: full,
         };
-        let link = VfioUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>, None).expect("it listens");
+        let link =
+            VfioUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>, None).expect("it listens");
         let memory = GuestMemory::new(0, 16 * PAGE).expect("there is memory");
         Self { function, socket, memory, _link: link, _folder: folder }
     }

@@ -35,7 +35,8 @@ fn world() -> &'static World {
         let function = Arc::new(Function::default());
         let settings =
             VhostUserSettings { function: "f".to_owned(), socket: socket.clone(), role: Role::Server { mode: 0o600 } };
-        let link = VhostUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>).expect("it listens");
+        let link =
+            VhostUserLink::start(settings, Arc::clone(&function) as Arc<dyn FunctionSide>, None).expect("it listens");
         let memory = GuestMemory::new(0, 1 << 16).expect("there is memory");
         World { function, socket, memory, _link: link, _folder: folder }
     })

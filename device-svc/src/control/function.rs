@@ -415,12 +415,12 @@ impl FunctionSide for Arc<CardFunction> {
         self.stop_locked(&mut inner, queue, false);
         let key = QueueKey { function: self.number, queue };
         let (descriptors, driver, device) = (start.descriptors, start.driver, start.device);
-        let packed = start.features & features::RING_PACKED != 0;
-        let unchanged = inner.handed_over.starts(queue.into(), start.inflight.clone(), packed);
+        let (packed, kept) = (start.features & features::RING_PACKED != 0, start.inflight.clone());
         let record = start.inflight.as_ref().map(QueueRecord::identity);
         let shape = Shape { size: start.size, features: start.features, descriptors, driver, device, record };
         if inner.queues[usize::from(queue)] == QueueState::Parked(shape, start.position) {
-            self.reactor_of(queue).post(Message::Resume { key, start });
+            let unchanged = inner.handed_over.starts(queue.into(), kept, packed);
+            self.reactor_of(queue).post(Message::Resume { key, start, unchanged });
         } else {
             let report =
                 Arc::new(Reporter { function: Arc::downgrade(self), life: inner.life, courier: self.courier.clone() });
@@ -428,6 +428,7 @@ impl FunctionSide for Arc<CardFunction> {
             let place = LanePlace { memory: Arc::clone(&inner.memory), reach, counters, report };
             let lane = self.device.lane(start, place);
             let lane = lane.map_err(|error| Refusal::Invalid(format!("queue {queue}: no card memory: {error}")))?;
+            let unchanged = inner.handed_over.starts(queue.into(), kept, packed);
             self.reactor_of(queue).post(Message::Start { key, lane, unchanged });
         }
         inner.queues[usize::from(queue)] = QueueState::Running(shape);

@@ -71,6 +71,11 @@ impl FunctionSlot {
     /// Takes a lane in, in a free slot; `unchanged`: no queue that was handed over has run elsewhere.
     pub(super) fn start(&mut self, number: usize, slot: LaneSlot, unchanged: bool) {
         self.lanes[number] = Some(slot);
+        self.take_back(unchanged);
+    }
+
+    /// A lane goes on, or is new.
+    pub(super) fn take_back(&mut self, unchanged: bool) {
         self.handing_over = false;
         if let Outlet::Block(channel) = &mut self.outlet {
             channel.take_back(unchanged);
@@ -90,16 +95,26 @@ impl FunctionSlot {
             number != lane && slot.as_ref().is_some_and(|slot| !slot.abandoned && !slot.lane.is_still())
         };
         let is_last = !self.lanes.iter().enumerate().any(runs);
-        let is_drained = self.lanes[lane].as_mut().is_none_or(|slot| slot.lane.is_drained());
-        let Outlet::Block(channel) = &mut self.outlet else { return true };
-        let is_done = is_drained && (!is_last || channel.hand_over());
-        if is_late && !is_done {
+        let mut is_done = self.has_handed_over(lane, is_last);
+        if is_late
+            && !is_done
+            && let Outlet::Block(channel) = &mut self.outlet
+        {
             // Others on this channel see a server that is away for a moment; a write that is carried out behind the next owner's is worse.
             channel.cut_off(now, completions);
             complete(&mut self.lanes, now, completions);
+            // A channel that cannot be cut off has requests yet, and is waited for.
+            is_done = self.has_handed_over(lane, is_last);
         }
-        self.handing_over = !is_done && !is_late;
-        is_done || is_late
+        self.handing_over = !is_done;
+        is_done
+    }
+
+    fn has_handed_over(&mut self, lane: usize, is_last: bool) -> bool {
+        let Outlet::Block(channel) = &mut self.outlet else { return true };
+        // Asked in any case: with the last lane the channel must know, whatever the server has.
+        let is_clear = !is_last || channel.hand_over() && channel.in_flight() == 0;
+        is_clear && self.lanes[lane].as_mut().is_none_or(|slot| slot.lane.is_drained())
     }
 
     /// One turn, the `turn`th of the reactor. Each lane fetches at most `chains_max` chains; a channel without requests is

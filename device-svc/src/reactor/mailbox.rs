@@ -66,6 +66,8 @@ pub enum Message {
         key: QueueKey,
         /// Its port; the rest is as it was.
         start: QueueStart,
+        /// As for a start.
+        unchanged: bool,
     },
     /// Stop a queue. Its lane stays for the requests that are parked in it.
     Stop {

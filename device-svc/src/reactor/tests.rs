@@ -46,9 +46,19 @@ impl Bed {
     }
 
     fn stop(&self, queue: u16) -> Receiver<Option<Stopped>> {
+        self.end(queue, false)
+    }
+
+    fn end(&self, queue: u16, hand_over: bool) -> Receiver<Option<Stopped>> {
         let (reply, answer) = channel();
-        self.post(Message::Stop { key: key(queue), hand_over: false, reply });
+        self.post(Message::Stop { key: key(queue), hand_over, reply });
         answer
+    }
+
+    /// What was asked of the channel as its queues handed over.
+    fn handing_over(&self) -> Vec<Note> {
+        let is_meant = |note: &&Note| matches!(note, Note::ChannelHandsOver | Note::CutOff | Note::TakenBack(_));
+        self.record.with(|notes| notes.iter().filter(is_meant).copied().collect())
     }
 }
 
@@ -111,6 +121,37 @@ fn a_stop_waits_for_what_is_in_flight() {
         let stop = notes.iter().position(|note| *note == Note::Stop(0)).unwrap();
         assert!(stop < last);
         assert_eq!(notes.iter().filter(|note| matches!(note, Note::Completed(_))).count(), 3);
+    });
+}
+
+#[test]
+fn the_last_queue_that_hands_over_takes_the_channel_with_it() {
+    let bed = Bed::new(PollConfig::Adaptive);
+    for queue in [0, 1, 2] {
+        bed.start(queue, |_| ());
+    }
+    // One that has only stopped has nothing to say.
+    assert!(bed.stop(2).recv_timeout(PATIENCE).unwrap().is_some());
+    assert!(bed.end(0, true).recv_timeout(PATIENCE).unwrap().is_some());
+    bed.post(Message::Forget { key: key(0) });
+    assert_eq!(bed.handing_over(), []);
+    assert!(bed.end(1, true).recv_timeout(PATIENCE).unwrap().is_some());
+    bed.post(Message::Forget { key: key(1) });
+    assert_eq!(bed.handing_over(), [Note::ChannelHandsOver]);
+    bed.start(0, |_| ());
+    bed.record.wait_for(|notes| notes.contains(&Note::TakenBack(false)));
+}
+
+#[test]
+fn a_server_that_says_nothing_is_cut_off_from_a_channel_that_knows_why() {
+    let bed = Bed::new(PollConfig::Adaptive);
+    bed.start(0, |lane| (lane.requests, lane.gives_up) = (3, true));
+    bed.record.wait_for(|notes| notes.contains(&Note::Submitted(2)));
+    assert!(bed.end(0, true).recv_timeout(PATIENCE).unwrap().is_some());
+    assert_eq!(bed.handing_over(), [Note::ChannelHandsOver, Note::CutOff]);
+    bed.record.with(|notes| {
+        let ended = notes.iter().filter(|note| matches!(note, Note::Completed(_))).count();
+        assert_eq!(ended, 3, "nothing of it is in the channel any more");
     });
 }
 

@@ -155,8 +155,11 @@ impl Turning {
                 self.waits.push(Wait::Close(function, reply));
             }
             Message::Start { key, lane, unchanged } => self.start(key, lane, unchanged),
-            Message::Resume { key, start } => {
+            Message::Resume { key, start, unchanged } => {
                 if let Some(place) = self.place_of(key) {
+                    if let Some(Some(slot)) = self.functions.get_mut(place.function) {
+                        slot.take_back(unchanged);
+                    }
                     self.forget_doorbell(place);
                     if let Some(slot) = self.lane(place) {
                         slot.lane.resume(start);

@@ -187,7 +187,9 @@ impl<E: DmaEngine> BlkLane<E> {
 
     /// Whether the channel has requests of this lane.
     fn in_channel(&self) -> bool {
-        self.rows.iter().any(|row| row.outstanding > 0)
+        // What it ended while the lane was still has come back already.
+        let outstanding: usize = self.rows.iter().map(|row| row.outstanding as usize).sum();
+        outstanding > self.late.len()
     }
 }
 

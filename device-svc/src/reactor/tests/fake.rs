@@ -20,11 +20,16 @@ pub(super) enum Note {
     Armed(u16),
     Doorbell(u16),
     Stop(u16),
+    HandOver(u16),
     Memory(u16),
     AskedStopped,
     AskedLetGo,
     Submitted(u32),
     Completed(u32),
+    ChannelHandsOver,
+    CutOff,
+    /// It was handed over, and whether nothing has changed since.
+    TakenBack(bool),
     ChannelDropped,
     LaneDropped(u16),
 }
@@ -62,11 +67,12 @@ impl Record {
 pub(super) struct FakeChannel {
     record: Arc<Record>,
     held: Vec<Tag>,
+    handed_over: bool,
 }
 
 impl FakeChannel {
     pub(super) fn new(record: &Arc<Record>) -> Self {
-        Self { record: Arc::clone(record), held: Vec::new() }
+        Self { record: Arc::clone(record), held: Vec::new(), handed_over: false }
     }
 }
 
@@ -95,6 +101,24 @@ impl BlockChannel for FakeChannel {
         // Nothing wakes a reactor when the test lets go, so the channel asks to be looked at.
         (!self.held.is_empty()).then(|| Moment::now().after(Duration::from_millis(1)))
     }
+
+    fn hand_over(&mut self) -> bool {
+        if !std::mem::replace(&mut self.handed_over, true) {
+            self.record.note(Note::ChannelHandsOver);
+        }
+        true
+    }
+
+    fn cut_off(&mut self, _now: Moment, completions: &mut Vec<Completion>) {
+        self.record.note(Note::CutOff);
+        completions.extend(self.held.drain(..).map(|tag| Completion { tag, result: Err(BlockFault::Away) }));
+    }
+
+    fn take_back(&mut self, unchanged: bool) {
+        if std::mem::take(&mut self.handed_over) {
+            self.record.note(Note::TakenBack(unchanged));
+        }
+    }
 }
 
 impl Drop for FakeChannel {
@@ -117,6 +141,9 @@ pub(super) struct FakeLane {
     pub(super) doorbell: Option<OwnedFd>,
     /// It wants a turn this often.
     pub(super) deadline: Option<Duration>,
+    /// When it is to stop, it stops without its requests.
+    pub(super) gives_up: bool,
+    stops: bool,
     chains_max: u16,
 }
 
@@ -133,6 +160,8 @@ impl FakeLane {
             doorbell: None,
             chains_max: 0,
             deadline: None,
+            gives_up: false,
+            stops: false,
         }
     }
 }
@@ -201,11 +230,21 @@ impl Lane for FakeLane {
 
     fn stop(&mut self, _now: Moment) {
         self.record.note(Note::Stop(self.queue));
+        self.stops = true;
+    }
+
+    fn hand_over(&mut self, _now: Moment) {
+        self.record.note(Note::HandOver(self.queue));
+        self.stops = true;
+    }
+
+    fn is_still(&self) -> bool {
+        self.stops && (self.in_flight == 0 || self.gives_up)
     }
 
     fn is_stopped(&mut self, _now: Moment) -> bool {
         self.record.note(Note::AskedStopped);
-        self.in_flight == 0
+        self.in_flight == 0 || self.gives_up
     }
 
     fn position(&self) -> QueuePosition {

@@ -17,9 +17,9 @@
 //!
 //! A channel that writes again what its server may have lost has it made durable with the last queue (`BlockChannel::hand_over`).
 //!
-//! **What remains.** Payload that is in the VM's memory is waited for as long as it takes. Where it is in card memory the wait has an end,
-//! at which the channel is cut off: nothing is sent from then on, and no answer counts. A server that has a request already may carry it out
-//! later, whatever the next owner has done by then. A server over NBD cannot be kept from it.
+//! **What remains.** The kernel's requests are waited for as long as they take. The wait for a server has an end, at which its channel is cut
+//! off: nothing is sent from then on, and no answer counts. A server that has a request already may carry it out later, whatever the next
+//! owner has done by then. A server over NBD cannot be kept from it.
 
 use super::super::row::Stage;
 use super::{BlkLane, State};
