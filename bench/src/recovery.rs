@@ -20,9 +20,13 @@ use anyhow::{Context, Result};
 
 use crate::RecoveryArguments;
 use crate::machine::{Cpus, load_average, processor};
-use crate::report::{Report, Row};
+use crate::points::Values;
+use crate::report::{Goal, Report, Row, Unit};
 
 pub(crate) use lane::{Lane, run as run_lane};
+
+/// What the worst wait should stay below, ms.
+const WORST_MS: f64 = 100.0;
 
 /// What can be measured by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -50,6 +54,21 @@ type Measure = fn(&mut Run) -> Result<()>;
 impl Run {
     fn say(&self, what: &str) {
         eprintln!("bench: {:4.0} s  {what}", self.start.elapsed().as_secs_f64());
+    }
+
+    /// Two rows of how long something was waited for, ms: the median, and the worst with its goal.
+    fn report(&mut self, what: &str, waits_ms: Vec<f64>) {
+        let waits = Values(waits_ms);
+        let worst = Values(vec![waits.most()]);
+        let row = |which: &str, values, goal| Row {
+            name: format!("{what}, {which}"),
+            values,
+            unit: Unit::Milliseconds,
+            beside: None,
+            goal,
+        };
+        let rows = [row("median", waits, None), row("worst", worst, Some(Goal::AtMost(WORST_MS)))];
+        self.rows.extend(rows);
     }
 }
 

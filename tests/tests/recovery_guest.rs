@@ -90,12 +90,12 @@ fn ended_and_in_flight(card: &Card) -> (u64, u64) {
 /// QEMU pauses the guest, by disabling its ring and asking for the ring's base. What waits for a limit is left to the record, and issued
 /// when the guest goes on.
 fn is_paused(more: &str) {
-    let card = card("vhost-user", "");
-    let chardev = format!("socket,id=c0,path={},reconnect-ms=100", card.path("f.sock").display());
+    // From the start, so that nothing but the guest's own work is waited for.
+    let parts = DISK.replace("LINK", "vhost-user").replace("MORE", "") + "limit = { iops = 8 }\n";
+    let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
+    let chardev = format!("socket,id=c0,path={}", card.path("f.sock").display());
     let device = format!("vhost-user-blk-pci,chardev=c0,num-queues=1,inflight-migration=on{more}");
     let job = "set -e
-        echo READY
-        sleep 2
         dd if=/dev/urandom of=/tmp/a bs=64k count=64 2>/dev/null
         for i in 0 1 2 3 4 5 6 7; do
             dd if=/tmp/a of=/dev/vda bs=64k skip=$((i * 8)) seek=$((i * 8)) count=8 oflag=direct 2>/dev/null &
@@ -104,9 +104,7 @@ fn is_paused(more: &str) {
         dd if=/dev/vda of=/tmp/b bs=64k count=64 iflag=direct 2>/dev/null
         cmp /tmp/a /tmp/b
         ! dmesg | grep -i 'I/O error'";
-    let mut guest = boot_guest(&card, job, &["-chardev", &chardev, "-device", &device]);
-    guest.wait_for_output("READY");
-    card.command(&["function", "set-limit", "f", "--limit", "iops=4"]);
+    let guest = boot_guest(&card, job, &["-chardev", &chardev, "-device", &device]);
     for _ in 0..rounds(2, 3, 20) {
         wait_for("requests that wait for their limit", || ended_and_in_flight(&card).1 >= 5);
         let (before, waiting) = ended_and_in_flight(&card);

@@ -11,13 +11,9 @@ use super::Run;
 use super::driver::{Driver, PATIENCE, SPAN_BYTES};
 use crate::blk::Link;
 use crate::peers::{DrayOptions, Server, dray};
-use crate::points::Values;
-use crate::report::{Goal, Row, Unit};
 
 /// How long the load runs before each kill.
 const LOAD: Duration = Duration::from_millis(30);
-/// What the worst should stay below, ms.
-const WORST_MS: f64 = 100.0;
 
 /// How a driver comes through the death of its service: what waits for it, ms, each time that it is killed.
 type Survive = fn(&Run, &mut Server, &mut Driver) -> Result<()>;
@@ -37,17 +33,8 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
         let options = DrayOptions { link, poll: "adaptive", payload: "in-place", backends: vec![backend], keeper };
         let mut server = dray(run.cpus, run.folder.path(), &format!("kill{number}"), &options)?;
         server.wake();
-        let waits = Values(waits(run, &mut server, link, survive)?);
-        let worst = Values(vec![waits.most()]);
-        let row = |what: &str, values, goal| Row {
-            name: format!("SIGKILL to the first completion, {name}{what}"),
-            values,
-            unit: Unit::Milliseconds,
-            beside: None,
-            goal,
-        };
-        run.rows.push(row(", median", waits, None));
-        run.rows.push(row(", worst", worst, Some(Goal::AtMost(WORST_MS))));
+        let waits = waits(run, &mut server, link, survive)?;
+        run.report(&format!("SIGKILL to the first completion, {name}"), waits);
     }
     Ok(())
 }

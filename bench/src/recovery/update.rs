@@ -12,15 +12,11 @@ use super::Run;
 use super::driver::{Driver, PATIENCE, SPAN_BYTES};
 use crate::blk::Link;
 use crate::peers::{DrayOptions, Server, dray};
-use crate::points::Values;
-use crate::report::{Goal, Row, Unit};
 
 /// Functions of the card, each with a driver that always has requests under way.
 const FUNCTIONS: [usize; 2] = [1, 32];
 /// How long the load runs before each update.
 const LOAD: Duration = Duration::from_millis(100);
-/// What the worst should stay below, ms: as after a kill.
-const WORST_MS: f64 = 100.0;
 
 /// A driver, and when it last saw something complete.
 struct Watched {
@@ -41,17 +37,8 @@ pub(super) fn measure(run: &mut Run) -> Result<()> {
             DrayOptions { link: Link::VfioUser, poll: "adaptive", payload: "in-place", backends, keeper: true };
         let server = dray(run.cpus, run.folder.path(), &format!("update{functions}"), &options)?;
         server.wake();
-        let waits = Values(waits(run, &server, functions)?);
-        let worst = Values(vec![waits.most()]);
-        let row = |what: &str, values, goal| Row {
-            name: format!("update of a card with {functions} on vfio-user, the longest wait of any{what}"),
-            values,
-            unit: Unit::Milliseconds,
-            beside: None,
-            goal,
-        };
-        run.rows.push(row(", median", waits, None));
-        run.rows.push(row(", worst", worst, Some(Goal::AtMost(WORST_MS))));
+        let waits = waits(run, &server, functions)?;
+        run.report(&format!("update of a card with {functions} on vfio-user, the longest wait of any"), waits);
     }
     Ok(())
 }
