@@ -222,12 +222,15 @@ fn a_guest_whose_memory_is_not_shared_uses_the_disk() {
     let card = card(r#"{ type = "file", path = "@/disk", create = "64M" }"#, "", "");
     let path = card.path("f.sock");
     let device = format!(r#"{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{}"}}}}"#, path.display());
+    // The blocks in one buffer make segments of more bytes than a socket takes at once.
     let job = "set -e
-        dd if=/dev/urandom of=/tmp/blocks bs=64k count=8 2>/dev/null
+        dd if=/dev/urandom of=/tmp/blocks bs=64k count=64 2>/dev/null
         dd if=/tmp/blocks of=/dev/vda bs=64k seek=3 conv=notrunc 2>/dev/null
         sync
         echo 3 >/proc/sys/vm/drop_caches
-        dd if=/dev/vda bs=64k skip=3 count=8 2>/dev/null | cmp - /tmp/blocks
+        dd if=/dev/vda bs=64k skip=3 count=64 2>/dev/null | cmp - /tmp/blocks
+        dd if=/tmp/blocks of=/dev/vda bs=4M seek=1 oflag=direct 2>/dev/null
+        dd if=/dev/vda bs=4M skip=1 count=1 iflag=direct 2>/dev/null | cmp - /tmp/blocks
         md5sum /tmp/blocks";
     let own = ["-object", "memory-backend-ram,id=own,size=256M", "-machine", "memory-backend=own"];
     let output = boot_guest(&card, job, &[&["-device", &device], &own[..]].concat()).succeed();

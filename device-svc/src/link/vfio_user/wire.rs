@@ -19,7 +19,7 @@ use super::framing::{
     DESCRIPTORS_MAX, FLAG_ERROR, FLAG_KEEPER, FLAG_NO_REPLY, FLAG_TYPE, Framing, FramingError, HEADER_BYTES, Header,
     Message, TYPE_COMMAND, TYPE_REPLY,
 };
-use super::message::{BODY_BYTES_MAX, DmaAccess, TRANSFER_BYTES_MAX, command};
+use super::message::{BODY_BYTES_MAX, DmaAccess, command};
 use crate::address::Iova;
 use crate::dma::{DistantMemory, DmaFault, Question};
 
@@ -28,6 +28,11 @@ const KEPT_MAX: usize = 64;
 const KEPT_BYTES_MAX: usize = 4 << 20;
 /// What a descriptor counts as, bytes: the process can have far fewer of them, and all functions share them.
 const DESCRIPTOR_BYTES: usize = 32 << 10;
+
+/// Bytes that one question is about, at most: with the headers, what a Unix socket takes as one piece or not at all. QEMU (11.1) writes
+/// an answer once and does not look at how much of it the socket has taken; of a longer one the end would be lost, and the stream's
+/// step with it.
+const QUESTION_BYTES_MAX: u32 = 32 << 10;
 
 /// What keeping a message costs, bytes.
 const fn cost(message: &Message) -> usize {
@@ -72,7 +77,7 @@ pub(super) struct Wire {
     inbound: Mutex<Inbound>,
     outbound: Mutex<Outbound>,
     questions: Mutex<Questions>,
-    transfer_bytes_max: AtomicU32,
+    question_bytes_max: AtomicU32,
     /// There is a keeper between us and the VMM.
     kept: bool,
 }
@@ -97,7 +102,7 @@ impl Wire {
             inbound: Mutex::new(inbound),
             outbound: Mutex::new(outbound),
             questions: Mutex::default(),
-            transfer_bytes_max: AtomicU32::new(TRANSFER_BYTES_MAX),
+            question_bytes_max: AtomicU32::new(QUESTION_BYTES_MAX),
             kept,
         })
     }
@@ -124,7 +129,7 @@ impl Wire {
 
     /// What the VMM has said that one message may carry.
     pub(super) fn set_transfer_bytes_max(&self, bytes: u32) {
-        self.transfer_bytes_max.store(bytes.clamp(1, TRANSFER_BYTES_MAX), Ordering::Relaxed);
+        self.question_bytes_max.store(bytes.clamp(1, QUESTION_BYTES_MAX), Ordering::Relaxed);
     }
 
     /// Waits for the next command, or an answer that nobody waits for.
@@ -213,7 +218,7 @@ impl Outbound {
 
 impl DistantMemory for Wire {
     fn bytes_max(&self) -> u32 {
-        self.transfer_bytes_max.load(Ordering::Relaxed)
+        self.question_bytes_max.load(Ordering::Relaxed)
     }
 
     fn ask(&self, at: Iova, question: Question<'_>) -> Result<Option<u16>, DmaFault> {

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::io::Write;
 use std::sync::Arc;
 
 use super::*;
@@ -171,4 +172,20 @@ fn few_descriptors_are_kept_for_the_session() {
     }
     let inbound = lock(&wire.inbound);
     assert_eq!((inbound.kept_bytes, inbound.kept.len()), (0, 0));
+}
+
+#[test]
+fn an_answer_goes_through_a_socket_whole_or_not_at_all() {
+    let Bed { wire, .. } = bed();
+    wire.set_transfer_bytes_max(1 << 20);
+    let (mut vmm, _card) = UnixStream::pair().unwrap();
+    vmm.set_nonblocking(true).unwrap();
+    let answer = vec![0; HEADER_BYTES + size_of::<DmaAccess>() + wire.bytes_max() as usize];
+    let refused = loop {
+        match vmm.write(&answer) {
+            Ok(taken) => assert_eq!(taken, answer.len()),
+            Err(refused) => break refused,
+        }
+    };
+    assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
 }
