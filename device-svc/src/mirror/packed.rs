@@ -5,16 +5,20 @@
 //! one, which are written last.
 
 mod deliver;
+mod record;
+mod used;
 
 use std::collections::VecDeque;
 
 use self::deliver::{Delivery, Found, Unrecorded};
+use self::record::Recorded;
+use self::used::Staged;
 use super::{CardLayout, FETCH_MAX, FETCH_WHOLE_MAX, Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
 use crate::dma::{DmaEngine, Ticket};
-use crate::inflight::{PackedRecord, RecordFault, RecordedChain};
+use crate::inflight::{PackedRecord, RecordFault};
 use crate::link::{QueuePosition, QueueStart};
-use crate::virtqueue::packed::{EVENT_DESCRIPTOR, EVENT_DISABLE, EVENT_ENABLE, PackedRing, Place, mark};
+use crate::virtqueue::packed::{PackedRing, Place};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, PackedDescriptor, QueueAddresses, RingFault, SEGMENTS_MAX,
     features,
@@ -36,14 +40,6 @@ enum Fetching {
     Slots(Ticket),
     /// The indirect tables of the chains that were found are on their way.
     Tables(Ticket),
-}
-
-/// A used descriptor that is staged: its slot and flags, and what the record calls its chain.
-#[derive(Clone, Copy)]
-struct Staged {
-    slot: u16,
-    flags: u16,
-    entry: u16,
 }
 
 struct Places {
@@ -81,17 +77,6 @@ pub(super) struct PackedMirror {
     event_index: bool,
     arming: Option<Ticket>,
     recorded: Option<Box<Recorded>>,
-}
-
-/// What a queue has whose requests in flight are recorded.
-struct Recorded {
-    record: PackedRecord,
-    /// The record is still to be taken up; the copy that it waits for is on its way, if it was asked for.
-    attaching: Option<Option<Ticket>>,
-    /// Requests that were in flight before, and are fetched again before anything new.
-    again: VecDeque<RecordedChain>,
-    /// The batch under way is of those.
-    is_again: bool,
 }
 
 impl PackedMirror {
@@ -132,105 +117,6 @@ impl PackedMirror {
             arming: None,
             recorded: recorded.transpose()?,
         })
-    }
-
-    /// Takes the record up before anything else is done. Returns whether that is done.
-    #[cold]
-    fn attach<E: DmaEngine>(&mut self, engine: &mut E) -> Result<bool, QueueFault> {
-        let Some(recorded) = &mut self.recorded else { return Ok(true) };
-        let Some(asked) = recorded.attaching else { return Ok(true) };
-        let ticket = match asked {
-            Some(ticket) => ticket,
-            None => {
-                let slot = self.ring.descriptor_at(recorded.record.doubtful_slot());
-                engine.read_index(Iova(slot.0.wrapping_add(u64::from(FLAGS))), self.places.event)?;
-                engine.submit()
-            }
-        };
-        recorded.attaching = Some(Some(ticket));
-        if engine.landed()? < ticket {
-            return Ok(false);
-        }
-        let flags = engine.card().get::<u16>(self.places.event);
-        if let Some((used, again)) = recorded.record.attach(self.ring.size(), self.ring.next_used(), flags)? {
-            // The front end cannot know after we died; it says what it said when the queue started first.
-            self.ring.go_on_at(used);
-            for chain in &again {
-                self.ring.take(chain.descriptors.len() as u16)?;
-            }
-            recorded.again = again.into();
-            recorded.attaching = None;
-            self.take_back_used(engine, used)?;
-        }
-        if let Some(recorded) = &mut self.recorded {
-            recorded.attaching = None;
-        }
-        Ok(true)
-    }
-
-    /// Marks all slots in flight, from the next used place on, as available again. A batch that was not published may have left used
-    /// descriptors behind its first slot, where the driver would find them as soon as it comes there.
-    #[cold]
-    fn take_back_used<E: DmaEngine>(&mut self, engine: &mut E, used: Place) -> Result<(), QueueFault> {
-        let size = self.ring.size();
-        let flags = |wrap: bool| self.places.used.add(2 * u32::from(wrap));
-        for wrap in [false, true] {
-            // Nothing is staged before these copies have landed: chains are fetched behind them.
-            engine.card().put(flags(wrap), PackedRing::available_flags(wrap));
-        }
-        for ahead in 0..self.ring.taken_slots() {
-            let place = used.advance(ahead, size);
-            let to = Iova(self.ring.descriptor_at(place.slot).0.wrapping_add(u64::from(FLAGS)));
-            engine.write_index(flags(place.wrap), to)?;
-        }
-        engine.submit();
-        Ok(())
-    }
-
-    /// Whether the record is as far as the ring. A batch that is on its way to the driver comes first: its entries may be filled
-    /// again only when it is there.
-    #[inline]
-    fn settle_record(&mut self, landed: Ticket) -> bool {
-        if let Some(recorded) = &mut self.recorded
-            && let Some((ticket, _)) = self.publishing
-        {
-            if landed < ticket {
-                return false;
-            }
-            recorded.record.complete(entries(&self.published));
-        }
-        true
-    }
-
-    pub(super) const fn is_attaching(&self) -> bool {
-        match &self.recorded {
-            Some(recorded) => recorded.attaching.is_some(),
-            None => false,
-        }
-    }
-
-    pub(super) fn is_resuming(&self) -> bool {
-        self.is_attaching() || self.recorded.as_ref().is_some_and(|recorded| !recorded.again.is_empty())
-    }
-
-    /// Puts the descriptors of requests that were in flight before where slots are fetched to. Returns whether there are any.
-    fn request_again<E: DmaEngine>(&mut self, engine: &E, budget: u16) -> bool {
-        let Some(recorded) = &mut self.recorded else { return false };
-        recorded.is_again = !recorded.again.is_empty();
-        // All were on the ring together, so they fit.
-        let mut slot = 0;
-        (self.found_count, self.found_slots, self.fetched_slots) = (0, 0, 0);
-        self.has_tables = true;
-        for chain in recorded.again.iter().take(budget.into()) {
-            let found = Found { first: slot, slots: chain.descriptors.len() as u16, ..Found::default() };
-            for descriptor in &chain.descriptors {
-                engine.card().put(self.places.descriptors.add(16 * u32::from(slot)), *descriptor);
-                slot += 1;
-            }
-            self.found[usize::from(self.found_count)] = found;
-            self.found_count += 1;
-        }
-        recorded.is_again
     }
 
     #[inline]
@@ -405,84 +291,6 @@ impl PackedMirror {
         }
     }
 
-    #[inline]
-    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, slots: u16, written: u32, entry: u16) {
-        let place = self.ring.stage_used(slots);
-        let flags = PackedRing::used_flags(place, written > 0);
-        let used = PackedDescriptor { address: mark(slots), length: written, id, flags };
-        engine.card().put(self.places.used.add(16 * u32::from(place.slot)), used);
-        self.staged.push(Staged { slot: place.slot, flags, entry });
-    }
-
-    #[inline]
-    pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.publishing.is_none() {
-            let Some(&first) = self.staged.first() else { return Ok(None) };
-            // The first one's mark before all others: see `left_at`.
-            let from = self.places.used.add(16 * u32::from(first.slot));
-            engine.write(from, self.ring.descriptor_at(first.slot), FLAGS)?;
-            self.write_behind_first(engine)?;
-            if let Some(recorded) = &mut self.recorded {
-                // The flags are queued behind this, so they land behind it.
-                recorded.record.link(entries(&self.staged), self.ring.next_used());
-            }
-            engine.card().put(self.places.first_flags, first.flags);
-            let flags_at = Iova(self.ring.descriptor_at(first.slot).0.wrapping_add(u64::from(FLAGS)));
-            engine.write_index(self.places.first_flags, flags_at)?;
-            std::mem::swap(&mut self.staged, &mut self.published);
-            self.staged.clear();
-            let slots = self.ring.publish();
-            // Our used flags against the driver's event: a full barrier on both sides (virtio 1.3, 2.8.10).
-            engine.order();
-            let event = self.ring.driver_event_at();
-            // Flags before the place they speak of: the driver writes them in the other order.
-            engine.read_index(Iova(event.0.wrapping_add(2)), self.places.event.add(2))?;
-            if self.event_index {
-                engine.read_index(event, self.places.event)?;
-            }
-            self.publishing = Some((engine.submit(), slots));
-        }
-        let Some((ticket, slots)) = self.publishing else { return Ok(None) };
-        if engine.landed()? < ticket {
-            return Ok(None);
-        }
-        if let Some(recorded) = &mut self.recorded {
-            recorded.record.complete(entries(&self.published));
-        }
-        self.publishing = None;
-        // Slots that were staged in the meantime lie behind those published.
-        let wanted = match engine.card().get::<u16>(self.places.event.add(2)) {
-            EVENT_DISABLE => false,
-            EVENT_DESCRIPTOR if self.event_index => {
-                let event = engine.card().get::<u16>(self.places.event);
-                let staged = self.ring.staged_slots();
-                self.ring.passes_event(event, slots + staged) && !(staged > 0 && self.ring.passes_event(event, staged))
-            }
-            _ => true,
-        };
-        Ok(Some(wanted))
-    }
-
-    /// Writes all staged used descriptors but the first, neighbours in one copy.
-    fn write_behind_first<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
-        let mut index = 1;
-        while index < self.staged.len() {
-            let first = self.staged[index].slot;
-            let mut count = 1;
-            while self.staged.get(index + usize::from(count)).is_some_and(|next| next.slot == first + count) {
-                count += 1;
-            }
-            let from = self.places.used.add(16 * u32::from(first));
-            engine.write(from, self.ring.descriptor_at(first), 16 * u32::from(count))?;
-            index += usize::from(count);
-        }
-        Ok(())
-    }
-
-    pub(super) const fn is_publishing(&self) -> bool {
-        self.ring.staged_slots() > 0 || self.publishing.is_some()
-    }
-
     pub(super) const fn only_reads(&mut self) {
         self.walk.only_reads();
     }
@@ -491,52 +299,8 @@ impl PackedMirror {
         !matches!(self.fetching, Fetching::Idle)
     }
 
-    pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.is_fetching() || self.is_resuming() {
-            return Ok(Some(false));
-        }
-        let next = self.ring.next_avail();
-        let ticket = match self.arming.take() {
-            Some(ticket) => ticket,
-            None => {
-                self.say(engine, EVENT_ENABLE)?;
-                engine.order();
-                let flags_at = Iova(self.ring.descriptor_at(next.slot).0.wrapping_add(u64::from(FLAGS)));
-                engine.read_index(flags_at, self.places.event)?;
-                engine.submit()
-            }
-        };
-        if engine.landed()? < ticket {
-            self.arming = Some(ticket);
-            return Ok(None);
-        }
-        let empty = !PackedRing::is_available(engine.card().get(self.places.event), next);
-        if empty {
-            engine.forgive_empty_poll(2);
-        }
-        Ok(Some(empty))
-    }
-
-    pub(super) fn disarm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
-        self.say(engine, EVENT_DISABLE)?;
-        engine.submit();
-        Ok(())
-    }
-
-    fn say<E: DmaEngine>(&self, engine: &mut E, flags: u16) -> Result<(), QueueFault> {
-        engine.card().put(self.places.device_event, flags);
-        engine.write_index(self.places.device_event, Iova(self.ring.device_event_at().0.wrapping_add(2)))?;
-        Ok(())
-    }
-
     pub(super) const fn position(&self) -> QueuePosition {
         let (avail, used) = (self.ring.next_avail(), self.ring.next_used());
         QueuePosition { next_avail: avail.slot, avail_wrap: avail.wrap, next_used: used.slot, used_wrap: used.wrap }
     }
-}
-
-/// What the record calls the chains of these.
-#[inline]
-fn entries(staged: &[Staged]) -> impl Iterator<Item = u16> {
-    staged.iter().map(|staged| staged.entry)
 }

@@ -4,18 +4,22 @@
 //! so the run from the first head to the last is fetched in one copy, as long as the chain before was for each. What was
 //! guessed wrong is fetched in further rounds.
 
+mod record;
+mod used;
+
 use std::collections::VecDeque;
 
+use self::record::Recorded;
 use super::{Fetched, QueueFault};
 use crate::address::{CardAddress, Iova};
-use crate::dma::{CardMemory, DmaEngine, Ticket};
+use crate::dma::{DmaEngine, Ticket};
 use crate::inflight::SplitRecord;
 use crate::link::{QueuePosition, QueueStart};
 use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
-use crate::virtqueue::split::{NO_INTERRUPT, NO_NOTIFY, Run, SplitRing, passes_event};
+use crate::virtqueue::split::{Run, SplitRing};
 use crate::virtqueue::{
     Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX, Step,
-    UsedElement, features,
+    features,
 };
 
 /// Card memory for the indirect tables of one batch: room for two thousand descriptors, and for at least one table.
@@ -99,15 +103,6 @@ pub(super) struct SplitMirror {
     recorded: Option<Box<Recorded>>,
 }
 
-/// What a queue has whose requests in flight are recorded.
-struct Recorded {
-    record: SplitRecord,
-    /// Heads of requests that were in flight before, and are fetched again before anything new.
-    again: VecDeque<u16>,
-    /// The batch under way is of those.
-    is_again: bool,
-}
-
 impl SplitMirror {
     pub(super) fn new(start: &QueueStart, at: QueueAddresses, layout: &mut CardLayout) -> Self {
         let size = u32::from(start.size);
@@ -141,59 +136,6 @@ impl SplitMirror {
                 Box::new(Recorded { record: SplitRecord::new(record), again: VecDeque::new(), is_again: false })
             }),
         }
-    }
-
-    /// The used index is the ring's own: read before the first element is staged, so that a queue that starts anywhere goes
-    /// on where its ring stands.
-    #[cold]
-    fn learn_used_index<E: DmaEngine>(&mut self, engine: &mut E) -> Result<bool, QueueFault> {
-        let ticket = match self.fetching {
-            Fetching::Index(ticket) => ticket,
-            _ => {
-                engine.read_index(self.ring.used_index_at(), self.places.used_index)?;
-                engine.submit()
-            }
-        };
-        if engine.landed()? < ticket {
-            self.fetching = Fetching::Index(ticket);
-            return Ok(false);
-        }
-        self.fetching = Fetching::Idle;
-        let used = engine.card().get::<u16>(self.places.used_index);
-        self.ring.start_used_at(used);
-        if let Some(recorded) = &mut self.recorded
-            && let Some(again) = recorded.record.attach(used, self.ring.size())?
-        {
-            // What a front end says of the available index after we died is the used index, or older than that.
-            self.ring.go_on_behind(again.len() as u16);
-            recorded.again = again.into();
-        }
-        self.used_unknown = false;
-        Ok(true)
-    }
-
-    /// Whether the record is as far as the ring. A batch that is on its way to the driver comes first: its heads are the driver's
-    /// again once it is there, and one of them may be fetched anew.
-    #[inline]
-    fn settle_record<E: DmaEngine>(&mut self, engine: &E, landed: Ticket) -> bool {
-        if let Some(recorded) = &mut self.recorded
-            && let Publishing::Waiting { ticket, old, new } = self.publishing
-        {
-            if landed < ticket {
-                return false;
-            }
-            let batch = heads_used(engine.card(), self.places.used, self.ring.used_runs(old, new));
-            recorded.record.complete(batch, new);
-        }
-        true
-    }
-
-    pub(super) const fn is_attaching(&self) -> bool {
-        self.recorded.is_some() && self.used_unknown
-    }
-
-    pub(super) fn is_resuming(&self) -> bool {
-        self.is_attaching() || self.left_again() > 0
     }
 
     #[inline]
@@ -266,17 +208,6 @@ impl SplitMirror {
                 }
             }
         }
-    }
-
-    /// Puts heads of requests that were in flight before where available entries are fetched to. Returns how many.
-    fn request_again<E: DmaEngine>(&mut self, engine: &E, budget: u16) -> Option<u16> {
-        let recorded = self.recorded.as_mut()?;
-        recorded.is_again = !recorded.again.is_empty();
-        let count = recorded.again.len().min(budget.into());
-        for (index, head) in recorded.again.iter().take(count).enumerate() {
-            engine.card().put(self.places.entries.add(2 * index as u32), *head);
-        }
-        recorded.is_again.then_some(count as u16)
     }
 
     fn request_entries<E: DmaEngine>(&self, engine: &mut E, count: u16) -> Result<Ticket, QueueFault> {
@@ -472,57 +403,6 @@ impl SplitMirror {
         Ok(())
     }
 
-    #[inline]
-    pub(super) fn stage_used<E: DmaEngine>(&mut self, engine: &E, id: u16, written: u32) {
-        let slot = self.ring.stage_used();
-        engine
-            .card()
-            .put(self.places.used.add(8 * u32::from(slot)), UsedElement { id: u32::from(id), length: written });
-    }
-
-    #[inline]
-    pub(super) fn publish<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.publishing == Publishing::Idle {
-            if self.ring.staged() == 0 {
-                return Ok(None);
-            }
-            for Run { slot, count } in self.ring.staged_runs() {
-                if count > 0 {
-                    let from = self.places.used.add(8 * u32::from(slot));
-                    engine.write(from, self.ring.used_element_at(slot), 8 * u32::from(count))?;
-                }
-            }
-            if let Some(recorded) = &mut self.recorded {
-                // The index is queued behind this, so it lands behind it.
-                recorded.record.link(heads_used(engine.card(), self.places.used, self.ring.staged_runs()));
-            }
-            let (old, new) = self.ring.publish();
-            engine.card().put(self.places.used_index, new);
-            engine.write_index(self.places.used_index, self.ring.used_index_at())?;
-            // The driver stores its event and then looks at our index; we store our index and then look at its event. One
-            // of the two sees the other's store only with a full barrier on both sides (virtio 1.3, 2.7.10).
-            engine.order();
-            let event = if self.event_index { self.ring.used_event_at() } else { self.ring.avail_flags_at() };
-            engine.read_index(event, self.places.driver_event)?;
-            self.publishing = Publishing::Waiting { ticket: engine.submit(), old, new };
-        }
-        let Publishing::Waiting { ticket, old, new } = self.publishing else { return Ok(None) };
-        if engine.landed()? < ticket {
-            return Ok(None);
-        }
-        if let Some(recorded) = &mut self.recorded {
-            let batch = heads_used(engine.card(), self.places.used, self.ring.used_runs(old, new));
-            recorded.record.complete(batch, new);
-        }
-        self.publishing = Publishing::Idle;
-        let event = engine.card().get::<u16>(self.places.driver_event);
-        Ok(Some(if self.event_index { passes_event(event, old, new) } else { event & NO_INTERRUPT == 0 }))
-    }
-
-    pub(super) const fn is_publishing(&self) -> bool {
-        self.ring.staged() > 0 || matches!(self.publishing, Publishing::Waiting { .. })
-    }
-
     pub(super) const fn only_reads(&mut self) {
         self.walk.only_reads();
     }
@@ -531,62 +411,7 @@ impl SplitMirror {
         !matches!(self.fetching, Fetching::Idle)
     }
 
-    pub(super) fn arm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<Option<bool>, QueueFault> {
-        if self.is_fetching() || self.used_unknown || self.is_resuming() {
-            return Ok(Some(false));
-        }
-        let ticket = match self.arming.take() {
-            Some(ticket) => ticket,
-            None => {
-                if self.event_index {
-                    engine.card().put(self.places.device_event, self.ring.next_avail());
-                    engine.write_index(self.places.device_event, self.ring.avail_event_at())?;
-                } else {
-                    engine.card().put(self.places.device_event, 0u16);
-                    engine.write_index(self.places.device_event, self.ring.used_flags_at())?;
-                }
-                // The mirror image of the race in `publish`: our wish for a doorbell against the driver's index.
-                engine.order();
-                engine.read_index(self.ring.avail_index_at(), self.places.avail_index)?;
-                engine.submit()
-            }
-        };
-        if engine.landed()? < ticket {
-            self.arming = Some(ticket);
-            return Ok(None);
-        }
-        let waiting = self.ring.see_avail(engine.card().get(self.places.avail_index))?;
-        if waiting == 0 {
-            engine.forgive_empty_poll(2);
-        }
-        Ok(Some(waiting == 0))
-    }
-
-    pub(super) fn disarm_doorbell<E: DmaEngine>(&mut self, engine: &mut E) -> Result<(), QueueFault> {
-        // With the event index an event that lies behind is no wish; without it a flag says so.
-        if !self.event_index {
-            engine.card().put(self.places.device_event, NO_NOTIFY);
-            engine.write_index(self.places.device_event, self.ring.used_flags_at())?;
-            engine.submit();
-        }
-        Ok(())
-    }
-
-    /// How many requests that were in flight before are still to be fetched again.
-    pub(super) fn left_again(&self) -> u16 {
-        self.recorded.as_ref().map_or(0, |recorded| recorded.again.len() as u16)
-    }
-
     pub(super) const fn position(&self) -> QueuePosition {
         QueuePosition { next_avail: self.ring.next_avail(), avail_wrap: false, next_used: 0, used_wrap: false }
     }
-}
-
-/// The heads of the used elements in these slots; the elements begin at `at`. They stay there until their chains' successors are used.
-#[inline]
-fn heads_used(card: &CardMemory, at: CardAddress, runs: [Run; 2]) -> impl Iterator<Item = u16> {
-    let [first, second] = runs.map(|Run { slot, count }| {
-        card.values::<UsedElement>(at.add(8 * u32::from(slot)), count).map(|element| element.id as u16)
-    });
-    first.chain(second)
 }

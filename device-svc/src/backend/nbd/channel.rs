@@ -4,6 +4,9 @@
 //! been completed with [`BlockFault::Away`], and new ones are handed back. *Replaying*: new connections are there, and
 //! what the server may have lost is written again before anything else goes out.
 
+mod commands;
+mod log;
+
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,17 +17,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use super::bridge::Bridge;
 use super::connection::{Connection, Loss};
 use super::handshake::{Established, Export};
-use super::payload::{Iovecs, Place};
-use super::replay::{REPLAY_DEPTH, Record, ReplayLog};
-use super::table::{Purpose, Request, Table};
-use super::wire::{self, RequestHeader};
+use super::payload::Iovecs;
+use super::replay::ReplayLog;
+use super::table::{Purpose, Table};
 use super::{Left, lock};
-use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion, Segments, Tag};
+use crate::backend::{BlockChannel, BlockFault, BlockOperation, BlockRequest, Completion};
 use crate::clock::Moment;
-
-/// How much one trim or write zeroes covers at most, bytes: they carry no payload, so the server's limit on payload does
-/// not bind them, but their length is a 32-bit field, and a server should not be held up by one for too long.
-const RANGE_BYTES_MAX: u64 = 1 << 30;
 
 /// How often connections without requests are looked at, in case the server has closed one.
 const IDLE_LOOK: Duration = Duration::from_micros(200);
@@ -136,18 +134,6 @@ impl NbdChannel {
         Ok(())
     }
 
-    /// Nothing of the log is written again.
-    fn give_log_up(&mut self) {
-        if let Some(log) = self.log.as_mut().filter(|log| log.len() > 0) {
-            tracing::warn!(
-                uri = %self.uri,
-                writes = log.len(),
-                "the storage server was away when the queues were handed over: what it had not made durable is not written again"
-            );
-            log.forget_before(log.mark());
-        }
-    }
-
     fn get_ready(&mut self) {
         self.state = State::Ready;
         self.ring();
@@ -244,209 +230,6 @@ impl NbdChannel {
             }
         }
         Ok(())
-    }
-
-    /// Makes commands of the requests that wait, oldest first.
-    fn issue(&mut self, completions: &mut Vec<Completion>) -> Result<(), Loss> {
-        while let Some(row) = self.table.waiting.front().copied() {
-            let request = self.table.requests[row as usize];
-            let left = request.request.length - request.issued;
-            let (command, flags, limit) = self.command(&request);
-            let flushes = command == wire::COMMAND_FLUSH && self.export.has(wire::FLAG_SEND_FLUSH);
-            let length = left.min(limit);
-            if length > 0 || flushes {
-                if !self.table.has_part() {
-                    return Ok(());
-                }
-                let header = RequestHeader {
-                    magic: wire::REQUEST_MAGIC.into(),
-                    flags: flags.into(),
-                    command: command.into(),
-                    cookie: 0.into(),
-                    offset: if length == 0 { 0 } else { request.request.offset + request.issued }.into(),
-                    length: (length as u32).into(),
-                };
-                let place = Place::new(request.request.segments, request.issued);
-                let Some(index) = (0..self.connections.len()).min_by_key(|index| self.connections[*index].in_flight())
-                else {
-                    return Err(Loss::Closed);
-                };
-                let Some(part) = self.table.add_part(row, index as u32, place, header) else { return Ok(()) };
-                self.connections[index].queue(part);
-                self.table.requests[row as usize].issued += length;
-            }
-            if command == wire::COMMAND_FLUSH || length == left {
-                self.table.waiting.pop_front();
-                if self.table.requests[row as usize].parts == 0 {
-                    self.end_request(row, completions)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The command for a request, its flags, and the most that one of it may cover.
-    fn command(&self, request: &Request) -> (u16, u16, u64) {
-        // A write that is followed by a flush has its data out when all of it is issued: what comes now is the flush.
-        if request.flush_after && request.issued == request.request.length {
-            return (wire::COMMAND_FLUSH, 0, 0);
-        }
-        // A server without flush can still be told to write through.
-        let through = !self.export.has(wire::FLAG_SEND_FLUSH) && self.export.has(wire::FLAG_SEND_FUA);
-        let through = if through { wire::COMMAND_FLAG_FUA } else { 0 };
-        match request.request.operation {
-            BlockOperation::Read => (wire::COMMAND_READ, 0, self.payload_bytes_max),
-            BlockOperation::Write => (wire::COMMAND_WRITE, through, self.payload_bytes_max),
-            BlockOperation::Flush => (wire::COMMAND_FLUSH, 0, 0),
-            BlockOperation::Discard => (wire::COMMAND_TRIM, through, RANGE_BYTES_MAX),
-            BlockOperation::WriteZeroes { unmap: true } => (wire::COMMAND_WRITE_ZEROES, through, RANGE_BYTES_MAX),
-            BlockOperation::WriteZeroes { unmap: false } => {
-                (wire::COMMAND_WRITE_ZEROES, through | wire::COMMAND_FLAG_NO_HOLE, RANGE_BYTES_MAX)
-            }
-        }
-    }
-
-    /// A command has been answered.
-    fn end_part(&mut self, row: u32, completions: &mut Vec<Completion>) -> Result<(), Loss> {
-        let part = &self.table.parts[row as usize];
-        let fault = fault(part.error);
-        let request_row = part.request;
-        if fault == Some(BlockFault::Away) && part.header.command.get() == wire::COMMAND_FLUSH {
-            // A server that failed to write its cache back may have dropped it: the next flush would then succeed
-            // without the data. So the log is written again first.
-            return Err(Loss::Flush);
-        }
-        self.table.remove_part(row);
-        let request = &mut self.table.requests[request_row as usize];
-        request.parts -= 1;
-        request.fault = match (request.fault, fault) {
-            // What is final outweighs what may pass.
-            (None | Some(BlockFault::Away), Some(fault)) => Some(fault),
-            (before, _) => before,
-        };
-        let all_issued = request.issued == request.request.length || request.request.operation == BlockOperation::Flush;
-        if request.parts == 0 && all_issued { self.end_request(request_row, completions) } else { Ok(()) }
-    }
-
-    /// All commands of a request have been answered.
-    fn end_request(&mut self, row: u32, completions: &mut Vec<Completion>) -> Result<(), Loss> {
-        let request = self.table.requests[row as usize];
-        let operation = request.request.operation;
-        if request.flush_after && request.fault.is_none() && request.mark == 0 {
-            // The data is there; now its flush. The mark also drops what the log holds of the same place, which a
-            // replay would otherwise put over the newer data.
-            self.table.requests[row as usize].mark = self.log.as_ref().map_or(1, |log| log.mark() + 1);
-            self.table.waiting.push_back(row);
-            return Ok(());
-        }
-        if let Some(log) = &mut self.log {
-            match request.fault {
-                None if request.reserved => {
-                    log.append(operation, request.request.offset, request.request.length, request.request.segments);
-                }
-                Some(_) if request.reserved => log.release(operation, request.request.length),
-                None if request.flush_after => log.forget_before(request.mark - 1),
-                None if operation == BlockOperation::Flush => log.forget_before(request.mark),
-                _ => {}
-            }
-        }
-        self.table.remove(row);
-        match request.purpose {
-            Purpose::Free => {}
-            Purpose::Lane => {
-                let result = request.fault.map_or(Ok(()), Err);
-                completions.push(Completion { tag: request.request.tag, result });
-            }
-            Purpose::Flush => {
-                self.flushing = false;
-                if request.fault.is_some() {
-                    return Err(Loss::Flush);
-                }
-                self.ring();
-            }
-            Purpose::Replay => {
-                // A trim that fails leaves what is undefined undefined.
-                if request.fault.is_some() && operation != BlockOperation::Discard {
-                    return Err(Loss::Replay);
-                }
-                if let State::Replaying { under_way, .. } = &mut self.state {
-                    *under_way -= 1;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the next round of the log again: records that do not overlap, since a server may reorder what it has at
-    /// once.
-    fn replay(&mut self) -> Result<(), Loss> {
-        let State::Replaying { next, under_way: 0 } = self.state else { return Ok(()) };
-        let Some(log) = &mut self.log else { return Ok(()) };
-        let mut round = 0;
-        let mut number = next;
-        let mut list: [Option<Record>; REPLAY_DEPTH] = [None; REPLAY_DEPTH];
-        while round < REPLAY_DEPTH {
-            let Some(record) = log.get(number) else { break };
-            let overlaps = list[..round].iter().flatten().any(|other| {
-                record.offset < other.offset + other.length && other.offset < record.offset + record.length
-            });
-            if overlaps {
-                break;
-            }
-            list[round] = Some(record);
-            let request = BlockRequest {
-                tag: Tag { lane: u32::MAX, row: u32::MAX },
-                operation: record.operation,
-                offset: record.offset,
-                length: record.length,
-                segments: log.segments(round, &record),
-            };
-            // Every row is free: the lane's requests ended when the connections did.
-            if self.table.add(Purpose::Replay, request, 0).is_none() {
-                break;
-            }
-            round += 1;
-            number += 1;
-        }
-        if round == 0 {
-            self.get_ready();
-        } else {
-            self.state = State::Replaying { next: number, under_way: round };
-        }
-        Ok(())
-    }
-
-    /// Flushes when the log fills.
-    fn flush_log(&mut self) {
-        let Some(log) = &self.log else { return };
-        if self.state != State::Ready || self.flushing || !(log.is_filling() || self.flush_wanted && log.len() > 0) {
-            return;
-        }
-        let flush = BlockRequest {
-            tag: Tag { lane: u32::MAX, row: u32::MAX },
-            operation: BlockOperation::Flush,
-            offset: 0,
-            length: 0,
-            segments: Segments::NONE,
-        };
-        if self.table.add(Purpose::Flush, flush, log.mark()).is_some() {
-            self.flushing = true;
-            self.flush_wanted = false;
-        }
-    }
-}
-
-/// What the lane does about an error of the server.
-const fn fault(error: u32) -> Option<BlockFault> {
-    /// Not in the protocol's list, but sent by servers that pass the system's numbers on.
-    const EAGAIN: u32 = 11;
-    match error {
-        0 => None,
-        // These may pass: the lane tries again within the volume's time limit.
-        wire::ERROR_EIO | wire::ERROR_ENOMEM | wire::ERROR_ESHUTDOWN | EAGAIN => Some(BlockFault::Away),
-        wire::ERROR_ENOTSUP => Some(BlockFault::Unsupported),
-        // EPERM, EINVAL, ENOSPC, EOVERFLOW and what nobody has heard of: the same request would fail again.
-        _ => Some(BlockFault::Io),
     }
 }
 

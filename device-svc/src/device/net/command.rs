@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
 
+use super::NetShared;
 use super::filter::{Octets, Which, is_group};
 use super::hashing::Hashing;
-use super::{NetShared, RECEIVE_FEATURES, RECEIVE_USO6, receive_offloads};
+use super::offered::{RECEIVE_FEATURES, RECEIVE_USO6, receive_offloads};
 use crate::backend::net::Offloads;
 
 /// Bytes of the longest command: tables of addresses far larger than are kept.

@@ -12,8 +12,10 @@ use std::sync::Arc;
 use virtio_bindings::virtio_net as spec;
 
 use super::hashing::FrameHash;
+use super::offered::{HASH_HEADER_BYTES, header_bytes, receive_offloads};
 use super::staging::Staging;
-use super::{Chosen, HASH_HEADER_BYTES, NetShared, ROWS_MAX, Tally, header_bytes, receive_offloads};
+use super::tally::Tally;
+use super::{Chosen, NetShared, ROWS_MAX};
 use crate::backend::net::header::HEADER_BYTES;
 use crate::backend::net::{Checksum, ETHERNET_BYTES, Incoming, NetChannel, Offloads, VLAN_TAG_BYTES};
 use crate::clock::Moment;

@@ -6,7 +6,7 @@
 //! memory: a stretch that is filled from the front, and from the front again once all has landed.
 #![expect(unsafe_code, reason = "copies bytes into memory that is lent by a VM")]
 
-use super::HASH_HEADER_BYTES;
+use super::offered::HASH_HEADER_BYTES;
 use crate::address::{CardAddress, Iova};
 use crate::backend::net::BURST;
 

@@ -10,12 +10,13 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::backend::net::loopback::LoopbackBackend;
-use crate::backend::net::{NetBackend, NetChannel};
+use crate::backend::net::{NetBackend, NetChannel, Offloads};
 use crate::device::{FaultReport, QueueFault};
 use crate::dma::{CardMemory, DelayedEngine, HostMemory, Mapping, Region};
 use crate::driver::net::{CommandQueue, FrameHeader, ReceiveQueue, TransmitQueue};
 use crate::driver::{DriverQueue, GuestMemory, QueueOptions};
 use crate::link::{QueuePort, QueuePosition};
+use crate::virtqueue::features;
 
 const MAC: Octets = [0x52, 0x54, 0, 1, 2, 3];
 const ROWS: u32 = 48;

@@ -15,7 +15,9 @@ use std::sync::Arc;
 
 use super::anti_spoofing::JUDGED_BYTES;
 use super::filter::{BROADCAST, Octets};
-use super::{HASH_HEADER_BYTES, NetShared, ROWS_MAX, Tally, header_bytes, transmit_offloads};
+use super::offered::{HASH_HEADER_BYTES, header_bytes, transmit_offloads};
+use super::tally::Tally;
+use super::{NetShared, ROWS_MAX};
 use crate::address::{CardAddress, Iova};
 use crate::backend::Segments;
 use crate::backend::net::header::HEADER_BYTES;

@@ -4,6 +4,9 @@
 //! error number; what is malformed too, and the stream goes on. A reply never waits for a storage server, because a VMM gives up on
 //! one after a few seconds: queues stop, and memory goes, as soon as what touches the VM's memory has ended.
 
+mod irqs;
+mod regions;
+
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -11,49 +14,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::irqs::IRQS;
+use self::regions::{REGIONS, pages, space_of};
 use super::VfioUserSettings;
 use super::dma_table::DmaTable;
 use super::framing::{FLAG_KEEPER, FLAG_NO_REPLY, FLAG_TYPE, FramingError, Header, Message, TYPE_COMMAND, TYPE_REPLY};
 use super::function::ShownFunction;
-use super::interrupts::Action;
 use super::message::{
-    Capabilities, DeviceInfo, DmaMap, DmaUnmap, IrqAction, IrqData, IrqInfo, IrqSet, RegionAccess, RegionInfo, Request,
-    SmallWrite, TRANSFER_BYTES_MAX, VersionBody, command::kept, version_text,
+    Capabilities, DeviceInfo, DmaMap, DmaUnmap, RegionAccess, Request, SmallWrite, TRANSFER_BYTES_MAX, VersionBody,
+    command::kept, version_text,
 };
 use super::wire::{Wire, answer_error};
 use crate::address::Iova;
 use crate::dma::{Access, Direction, DistantMemory, PAGE_BYTES, RANGES_MAX};
-use crate::link::event::Event;
 use crate::link::{FunctionSide, drain};
-use crate::pci::{Space, VIRTIO_BAR, layout};
 use crate::tether::KeptConnection;
 
 /// The version that is spoken: 0.1.
 const MAJOR: u16 = 0;
 const MINOR: u16 = 1;
 
-/// Regions of a PCI device (`VFIO_PCI_NUM_REGIONS`): six BARs, the ROM, the configuration space, VGA.
-const REGIONS: u32 = 9;
-const REGION_CONFIG: u32 = 7;
-/// Kinds of interrupts (`VFIO_PCI_NUM_IRQS`): INTx, MSI, MSI-X, error, request.
-const IRQS: u32 = 5;
-const IRQ_INTX: u32 = 0;
-const IRQ_MSIX: u32 = 2;
-
 const DEVICE_RESET: u32 = 1;
 const DEVICE_PCI: u32 = 1 << 1;
-const REGION_READ: u32 = 1;
-const REGION_WRITE: u32 = 1 << 1;
-const REGION_MMAP: u32 = 1 << 2;
-const REGION_CAPS: u32 = 1 << 3;
-const IRQ_EVENTFD: u32 = 1;
-const IRQ_MASKABLE: u32 = 1 << 1;
-const IRQ_AUTOMASKED: u32 = 1 << 2;
 
 const UNMAP_DIRTY: u32 = 1 << 1;
 const UNMAP_ALL: u32 = 1 << 2;
@@ -383,128 +367,6 @@ impl Session {
         self.function.come_back(|start, length| memory.reaches(start, length, Direction::FromHost));
     }
 
-    fn region_info(&self, info: RegionInfo) -> Result<Reply, Refusal> {
-        let mut needed = size_of::<RegionInfo>() as u32;
-        check_room(info.argsz, needed)?;
-        if info.index >= REGIONS {
-            return refusal(Errno::EINVAL, format!("there is no region {}", info.index));
-        }
-        let size = space_of(info.index).map_or(0, |space| self.function.shown().lock().bytes_of(space));
-        let mut reply = RegionInfo { argsz: needed, index: info.index, size, ..RegionInfo::default() };
-        if size == 0 {
-            return Ok(Reply::of(reply.as_bytes()));
-        }
-        reply.flags = REGION_READ | REGION_WRITE;
-        let Some(pages) = self.notify.as_ref().filter(|_| info.index == u32::from(VIRTIO_BAR)) else {
-            return Ok(Reply::of(reply.as_bytes()));
-        };
-        // Only the notify registers: whoever stores to another must be heard.
-        let capability = sparse(&[(layout::NOTIFY.offset.into(), layout::NOTIFY.length.into())]);
-        needed += capability.len() as u32;
-        reply.argsz = needed;
-        reply.flags |= REGION_MMAP | REGION_CAPS;
-        // Said also to a VMM that has no room for it yet: QEMU asks again with more, but takes an offset of 0 for an error.
-        reply.cap_offset = size_of::<RegionInfo>() as u32;
-        let again = pages.try_clone().or_else(|error| refusal(Errno::EMFILE, error))?;
-        let mut body = reply.as_bytes().to_vec();
-        if info.argsz >= needed {
-            body.extend_from_slice(&capability);
-        }
-        Ok(Reply { body, fds: vec![again] })
-    }
-
-    fn irq_info(&self, info: IrqInfo) -> Result<Reply, Refusal> {
-        let needed = size_of::<IrqInfo>() as u32;
-        check_room(info.argsz, needed)?;
-        let (count, flags) = match info.index {
-            IRQ_INTX => (1, IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED),
-            IRQ_MSIX => (u32::from(self.function.shown().interrupts.vectors()), IRQ_EVENTFD),
-            index if index < IRQS => (0, 0),
-            index => return refusal(Errno::EINVAL, format!("there are no interrupts of kind {index}")),
-        };
-        Ok(Reply::of(IrqInfo { argsz: needed, flags, index: info.index, count }.as_bytes()))
-    }
-
-    fn set_irqs(&self, set: IrqSet, action: IrqAction, data: IrqData<'_>, fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
-        let shown = self.function.shown();
-        let there = match set.index {
-            IRQ_INTX => 1,
-            IRQ_MSIX => u32::from(shown.interrupts.vectors()),
-            _ => 0,
-        };
-        let end = set.start.checked_add(set.count).filter(|end| *end <= there);
-        let Some(end) = end else {
-            return refusal(
-                Errno::EINVAL,
-                format!("there are no {} interrupts of kind {} from {} on", set.count, set.index, set.start),
-            );
-        };
-        let range = set.start as u16..end as u16;
-        let mut events = Vec::new();
-        if data == IrqData::Events {
-            if action != IrqAction::Trigger {
-                return refusal(Errno::ENOTSUP, "interrupts are masked by messages only");
-            }
-            if !fds.is_empty() && fds.len() != range.len() {
-                return refusal(Errno::EINVAL, format!("{} descriptors for {} interrupts", fds.len(), range.len()));
-            }
-            for fd in fds {
-                let event = Event::new(File::from(fd)).or_else(|why| refusal(Errno::EINVAL, why))?;
-                events.push(event);
-            }
-        }
-        // Taken away: one by one, or the whole kind at once.
-        let all_off = data == IrqData::None && action == IrqAction::Trigger && set.count == 0;
-        if data == IrqData::Events || all_off {
-            let range = if all_off { 0..there as u16 } else { range };
-            let mut events = events.into_iter();
-            for number in range {
-                self.connect(set.index, number, events.next());
-            }
-        } else {
-            for (number, place) in range.zip(0..) {
-                let concerned = match data {
-                    IrqData::Bools(bools) => bools.get(place).is_some_and(|wanted| *wanted != 0),
-                    IrqData::None | IrqData::Events => true,
-                };
-                if concerned {
-                    self.act(set.index, number, action);
-                }
-            }
-        }
-        let mut registers = shown.lock();
-        if set.index == IRQ_MSIX && data == IrqData::Events {
-            registers.config.set_msix_enabled(true);
-        }
-        shown.interrupts.follow(&registers);
-        shown.set_changed();
-        Ok(Reply::default())
-    }
-
-    fn connect(&self, kind: u32, number: u16, event: Option<Event>) {
-        let shown = self.function.shown();
-        if kind == IRQ_INTX {
-            shown.interrupts.set_intx(event);
-        } else {
-            if event.is_some() {
-                shown.lock().msix.set_masked(number, false);
-            }
-            shown.interrupts.set_vector(number, event);
-        }
-    }
-
-    fn act(&self, kind: u32, number: u16, action: IrqAction) {
-        let shown = self.function.shown();
-        match (kind, action) {
-            (IRQ_INTX, IrqAction::Mask) => shown.interrupts.act_on_intx(Action::Mask),
-            (IRQ_INTX, IrqAction::Unmask) => shown.interrupts.act_on_intx(Action::Unmask),
-            (IRQ_INTX, IrqAction::Trigger) => shown.interrupts.act_on_intx(Action::Trigger),
-            (_, IrqAction::Mask) => shown.lock().msix.set_masked(number, true),
-            (_, IrqAction::Unmask) => shown.lock().msix.set_masked(number, false),
-            (_, IrqAction::Trigger) => shown.interrupts.trigger_vector(number),
-        }
-    }
-
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Refusal> {
         let space = space_of(region)?;
         match self.function.write(space, offset, data) {
@@ -524,39 +386,4 @@ fn check_room(argsz: u32, needed: u32) -> Result<(), Refusal> {
         return refusal(Errno::EINVAL, format!("room for {argsz} bytes; the reply has {needed}"));
     }
     Ok(())
-}
-
-fn space_of(region: u32) -> Result<Space, Refusal> {
-    match region {
-        0..=5 => Ok(Space::Bar(region as u8)),
-        REGION_CONFIG => Ok(Space::Config),
-        _ => refusal(Errno::EINVAL, format!("there is no region {region}")),
-    }
-}
-
-/// The capability that says which parts of a region can be mapped (`VFIO_REGION_INFO_CAP_SPARSE_MMAP`).
-fn sparse(areas: &[(u64, u64)]) -> Vec<u8> {
-    const SPARSE_MMAP: u16 = 1;
-    const VERSION: u16 = 1;
-    let mut bytes = Vec::new();
-    bytes.extend(SPARSE_MMAP.to_ne_bytes());
-    bytes.extend(VERSION.to_ne_bytes());
-    // The last in the list.
-    bytes.extend(0_u32.to_ne_bytes());
-    bytes.extend((areas.len() as u32).to_ne_bytes());
-    bytes.extend(0_u32.to_ne_bytes());
-    for (offset, length) in areas {
-        bytes.extend(offset.to_ne_bytes());
-        bytes.extend(length.to_ne_bytes());
-    }
-    bytes
-}
-
-/// Memory for the virtio BAR. The card never looks at it: a reactor that polls finds what a doorbell would announce.
-fn pages() -> std::io::Result<OwnedFd> {
-    let fd = memfd_create(c"dray-notify", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
-    ftruncate(&fd, layout::VIRTIO_BAR_BYTES.into())?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
-    Ok(fd)
 }
