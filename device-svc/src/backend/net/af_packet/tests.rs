@@ -383,7 +383,7 @@ fn a_channel_that_cannot_be_attached_takes_nothing_from_the_others() {
 fn frames_that_find_no_room_are_given_again() {
     let Some(bed) = Bed::new() else { return };
     let (uplink, packets) = bed.packet();
-    if !bed.tc("qdisc add dev wire0 root tbf rate 100mbit burst 20kb limit 64mb") {
+    if !bed.tc("qdisc add dev wire0 root tbf rate 20mbit burst 20kb limit 64mb") {
         eprintln!("skipped: no tc with tbf here");
         return;
     }
