@@ -95,13 +95,14 @@ fn is_paused(more: &str) {
     let card = Card::start(&CardSettings { parts, ..CardSettings::default() });
     let chardev = format!("socket,id=c0,path={}", card.path("f.sock").display());
     let device = format!("vhost-user-blk-pci,chardev=c0,num-queues=1,inflight-migration=on{more}");
+    // More requests than pass while the rounds last; the limit goes behind them.
     let job = "set -e
-        dd if=/dev/urandom of=/tmp/a bs=64k count=64 2>/dev/null
+        dd if=/dev/urandom of=/tmp/a bs=16k count=512 2>/dev/null
         for i in 0 1 2 3 4 5 6 7; do
-            dd if=/tmp/a of=/dev/vda bs=64k skip=$((i * 8)) seek=$((i * 8)) count=8 oflag=direct 2>/dev/null &
+            dd if=/tmp/a of=/dev/vda bs=16k skip=$((i * 64)) seek=$((i * 64)) count=64 oflag=direct 2>/dev/null &
         done
         wait
-        dd if=/dev/vda of=/tmp/b bs=64k count=64 iflag=direct 2>/dev/null
+        dd if=/dev/vda of=/tmp/b bs=16k count=512 iflag=direct 2>/dev/null
         cmp /tmp/a /tmp/b
         ! dmesg | grep -i 'I/O error'";
     let guest = boot_guest(&card, job, &["-chardev", &chardev, "-device", &device]);
