@@ -25,7 +25,7 @@ fn card(link: &str, more: &str) -> Card {
 
 /// Boots a guest with QEMU's `arguments` and kills the service in each round of its work.
 fn goes_on(card: &Card, arguments: &[&str]) {
-    let kills = rounds(3, 50, 500);
+    let kills = rounds(3, 50, 1000);
     let job = format!(
         "set -e
         [ -e /dev/vda ]
