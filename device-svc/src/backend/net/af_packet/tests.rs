@@ -26,6 +26,15 @@ impl Bed {
         self.wire();
         (self.try_packet(OWN).unwrap(), self.packets(FAR, false))
     }
+
+    /// Has the near end send so slowly that a sender which has hardly any processor still fills it. Says it if it cannot.
+    fn slow_down(&self) -> bool {
+        let slow = self.tc("qdisc add dev wire0 root tbf rate 20mbit burst 20kb limit 64mb");
+        if !slow {
+            eprintln!("skipped: no tc with tbf here");
+        }
+        slow
+    }
 }
 
 /// 4000 bytes of TCP that are still to be cut, and their header.
@@ -383,8 +392,7 @@ fn a_channel_that_cannot_be_attached_takes_nothing_from_the_others() {
 fn frames_that_find_no_room_are_given_again() {
     let Some(bed) = Bed::new() else { return };
     let (uplink, packets) = bed.packet();
-    if !bed.tc("qdisc add dev wire0 root tbf rate 20mbit burst 20kb limit 64mb") {
-        eprintln!("skipped: no tc with tbf here");
+    if !bed.slow_down() {
         return;
     }
     let mut channel = uplink.open_channel().unwrap();
@@ -418,8 +426,7 @@ fn frames_that_find_no_room_are_given_again() {
 fn room_that_comes_meanwhile_is_not_missed() {
     let Some(bed) = Bed::new() else { return };
     let (uplink, _packets) = bed.packet();
-    if !bed.tc("qdisc add dev wire0 root tbf rate 100mbit burst 20kb limit 64mb") {
-        eprintln!("skipped: no tc with tbf here");
+    if !bed.slow_down() {
         return;
     }
     let mut channel = uplink.open_channel().unwrap();
