@@ -1,5 +1,7 @@
 //! iperf3 between namespaces and guests, and what it measured.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::{Namespace, Process};
@@ -25,6 +27,10 @@ impl IperfServer {
         &mut self.0
     }
 }
+
+/// What a server says, or its kernel, that is not there yet or has not done with the client before.
+const PASSING: [&str; 4] =
+    ["Connection refused", "Connection reset by peer", "server is busy", "control socket has closed"];
 
 /// What a client measured, in its own eyes and the server's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,7 +60,17 @@ impl IperfReport {
     pub fn measure(namespace: &Namespace, address: &str, arguments: &[&str]) -> Self {
         let mut command = namespace.command("iperf3");
         command.args(["--json", "--connect-timeout", "10000", "--client", address]).args(arguments);
-        Self::parse(&Process::start(&mut command).succeed())
+        for _ in 0..300 {
+            let mut process = Process::start(&mut command);
+            let status = process.end();
+            let output = process.output();
+            if status.success() {
+                return Self::parse(&output);
+            }
+            assert!(PASSING.iter().any(|words| output.contains(words)), "iperf3: {status}: {output}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        panic!("iperf3's server is always busy")
     }
 
     /// Reads the one report of `iperf3 --json` in `output`, which may hold other lines, as a guest's console does.

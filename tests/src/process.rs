@@ -7,12 +7,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long anything may take before a test fails: machines are busy, so this is long, and nobody waits for it in vain.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Waits until `what` is so.
 ///
 /// # Panics
-/// When it is not so after two minutes.
+/// When it is not so after five minutes.
 pub fn wait_for(name: &str, what: impl FnMut() -> bool) {
     wait_for_or(what, || name.to_owned());
 }
@@ -20,7 +20,7 @@ pub fn wait_for(name: &str, what: impl FnMut() -> bool) {
 /// Waits until `what` is so; `name` says what was waited for, and what was there instead.
 ///
 /// # Panics
-/// When it is not so after two minutes.
+/// When it is not so after five minutes.
 pub fn wait_for_or(mut what: impl FnMut() -> bool, name: impl Fn() -> String) {
     let start = Instant::now();
     while !what() {

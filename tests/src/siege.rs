@@ -189,8 +189,6 @@ packed = true
         });
 
         assert!(card.process().is_running());
-        let output = card.process().output();
-        assert!(!output.contains("panicked"), "{output}");
         assert!(verified.load(Ordering::Relaxed) > 3, "the neighbours did next to nothing");
         let open = |kinds: &BTreeMap<String, usize>| kinds.values().sum::<usize>();
         wait_for_or(
@@ -211,15 +209,21 @@ packed = true
         assert!(faults > conversations / 10 && answered > conversations / 10, "{faults} faults, {answered} answers");
         // One word about what is refused, one about why the connection ends, and one about the device until each reset.
         for (name, told) in &all {
-            let warnings = self.warnings(&output, name);
-            assert!(warnings.len() >= told.len(), "{name}: {} of {} are in the log", warnings.len(), told.len());
+            // What the card says comes through a pipe and a thread of ours.
+            wait_for_or(
+                || self.warnings(&log.text(), name).len() >= told.len(),
+                || format!("{name}: {} conversations in the log", told.len()),
+            );
+            let warnings = self.warnings(&log.text(), name);
             for (number, (count, told)) in warnings.iter().zip(told).enumerate() {
                 assert!(*count <= 3 + told.resets, "{name}, conversation {number}, {told:?}: {count} warnings");
             }
         }
+        let output = log.text();
         for (name, ..) in NEIGHBOURS {
             assert_eq!(self.warnings(&output, name), [0], "{name}");
         }
+        assert!(!output.contains("panicked"), "{output}");
     }
 
     /// A memory file that is cut short ends that function only.

@@ -73,8 +73,9 @@ fn a_crowd_at_a_busy_socket_is_turned_away() {
     // Some that are done may not be gone yet.
     assert!(most <= before + 16, "{before} threads became {most}");
     drop(crowd);
-    let said = card.process().output().matches("a second VMM was refused").count();
-    assert_eq!(said, 1, "once for each VMM that is served");
+    let mut said = || card.process().output().matches("a second VMM was refused").count();
+    wait_for("word of it", || said() > 0);
+    assert_eq!(said(), 1, "once for each VMM that is served");
     assert!(client.leave().is_ok());
     SIEGE.serves(&card, "ram", 1);
 }

@@ -203,7 +203,8 @@ fn two_guests_behind_taps_of_qemu_reach_a_namespace_and_one_another() {
     );
     let output = client.succeed();
     let report = IperfReport::parse(&output);
-    assert!(report.received_bytes >= 4 << 20, "{output}");
+    // What was sent last may come after the server was told to stop.
+    assert!(report.received_bytes >= 2 << 20, "{output}");
     assert_eq!(output.matches(" 0% packet loss").count(), 3, "{output}");
     server.succeed();
 }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tests::{Card, CardSettings, GuestSettings, boot_guest, qmp, rig, rounds, wait_for};
+use tests::{Card, CardSettings, GuestSettings, boot_guest, qmp, rig, rounds, wait_for, wait_for_or};
 
 const DISK: &str = r#"
 [[volume]]
@@ -39,7 +39,7 @@ fn goes_on(card: &Card, arguments: &[&str]) {
         ! dmesg | grep -i 'I/O error'",
         kills + 1
     );
-    let limit = Duration::from_secs(110 + 4 * u64::from(kills));
+    let limit = Duration::from_secs(300 + 4 * u64::from(kills));
     let mut guest = GuestSettings { limit, ..GuestSettings::new(card.folder(), &job, arguments) }.boot();
     let mut random = 0x9e37_79b9_u64;
     let mut killed = None;
@@ -54,8 +54,10 @@ fn goes_on(card: &Card, arguments: &[&str]) {
     }
     let output = guest.succeed();
     assert!(output.contains(&format!("ROUND {}\r", kills + 1)), "{output}");
-    let died = card.output().matches("the service died").count();
-    assert_eq!(died, kills as usize, "{}", card.output());
+    let died = || card.output().matches("the service died").count();
+    // The last kill may have come when the guest was through already.
+    wait_for_or(|| died() >= kills as usize, || card.output());
+    assert_eq!(died(), kills as usize, "{}", card.output());
 }
 
 fn goes_on_over_vhost_user(more: &str) {
@@ -98,8 +100,8 @@ fn is_paused(more: &str) {
     // More requests than pass while the rounds last; the limit goes behind them.
     let job = "set -e
         dd if=/dev/urandom of=/tmp/a bs=16k count=512 2>/dev/null
-        for i in 0 1 2 3 4 5 6 7; do
-            dd if=/tmp/a of=/dev/vda bs=16k skip=$((i * 64)) seek=$((i * 64)) count=64 oflag=direct 2>/dev/null &
+        for i in $(seq 0 63); do
+            dd if=/tmp/a of=/dev/vda bs=4k skip=$((i * 32)) seek=$((i * 32)) count=32 oflag=direct 2>/dev/null &
         done
         wait
         dd if=/dev/vda of=/tmp/b bs=16k count=512 iflag=direct 2>/dev/null
@@ -107,8 +109,12 @@ fn is_paused(more: &str) {
         ! dmesg | grep -i 'I/O error'";
     let guest = boot_guest(&card, job, &["-chardev", &chardev, "-device", &device]);
     for _ in 0..rounds(2, 3, 20) {
-        wait_for("requests that wait for their limit", || ended_and_in_flight(&card).1 >= 5);
-        let (before, waiting) = ended_and_in_flight(&card);
+        let (mut before, mut waiting) = (0, 0);
+        // So many that a busy machine has seconds to stop the ring before as many have passed.
+        wait_for("requests that wait for their limit", || {
+            (before, waiting) = ended_and_in_flight(&card);
+            waiting >= 32
+        });
         qmp(&card, "stop", "{}");
         // Its lane goes a moment after QEMU has its answer.
         wait_for("a queue that has handed over has nothing", || ended_and_in_flight(&card).1 == 0);

@@ -251,9 +251,9 @@ queue-pairs = {pairs}
         ip.iproute2 link set eth0 up
         ping -c 2 {OWN}
         echo OUT
-        measure -b 40M -n 40M --client {OWN} >/dev/null
+        measure -b 40M -n 50M --client {OWN} >/dev/null
         echo IN
-        measure -b 40M -n 40M --reverse --client {OWN} >/dev/null
+        measure -b 40M -n 50M --reverse --client {OWN} >/dev/null
         ping -c 30 -i 0.1 {OWN}
         echo ALL"
     );
@@ -272,7 +272,7 @@ queue-pairs = {pairs}
         guest.wait_for_output(word);
         for _ in 0..3 {
             wait_for("the transfer to go on", || {
-                card.stats()["functions"][0][way]["bytes"].as_u64().unwrap() > 2 << 20
+                card.stats()["functions"][0][way]["bytes"].as_u64().unwrap() > 1 << 20
             });
             if is_kept {
                 let served = card.output().matches("ready:").count();

@@ -69,7 +69,7 @@ fn a_server_that_is_killed_is_not_noticed() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("nbd.sock");
     let file = disk(folder.path());
-    let arguments = ["--filter=delay", "file", file.to_str().unwrap(), "delay-write=1ms"];
+    let arguments = ["--filter=delay", "file", file.to_str().unwrap(), "delay-write=10ms"];
     let mut server = nbdkit(&rig, &socket, &arguments);
     let card = card(&socket);
     let mut job = verify(&rig, &card, "16M");

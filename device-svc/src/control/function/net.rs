@@ -109,9 +109,15 @@ impl CardFunction {
         }
         let watcher: Weak<Self> = Arc::downgrade(&function);
         backend.carrier().watch(watcher);
-        // It may have changed before it was watched.
-        function.carrier_changed(backend.carrier().is_up());
-        Ok(function)
+        // It may have changed before it was watched, or while that is told here: then what is told here may be older than what the
+        // watcher was told meanwhile.
+        loop {
+            let is_up = backend.carrier().is_up();
+            function.carrier_changed(is_up);
+            if backend.carrier().is_up() == is_up {
+                return Ok(function);
+            }
+        }
     }
 
     /// Changes a network interface while it runs.

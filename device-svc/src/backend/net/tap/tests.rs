@@ -251,9 +251,11 @@ fn a_tap_of_ours_is_made_again_and_goes_with_its_last_user() {
     assert_eq!(tap.info().mtu_max, 9000);
     let mut channel = tap.open_channel().unwrap();
     channel.enable(true);
+    let index = || bed.namespace.index(&InterfaceName::new(TAP).unwrap());
+    let first = index();
     bed.ip(&["link", "delete", TAP]);
-    until(|| !tap.carrier().is_up());
-    until(|| tap.carrier().is_up());
+    // It may be there again before this thread has seen that it was gone.
+    until(|| index().is_some_and(|now| Some(now) != first) && tap.carrier().is_up());
     let packets = bed.packets(TAP, false);
     assert_eq!(transmit(&mut *channel, &plain(0..1, 9014)), all_sent(1));
     until(|| received(&packets).len() == 1);
@@ -330,12 +332,13 @@ fn frames_that_find_no_room_are_given_again() {
     let packets = bed.packets("slow1", false);
     let sleeper = Sleeper::new(&*channel);
     let total = 100;
-    let (mut next, mut refused, mut lost) = (0, 0, 0);
+    let (mut next, mut refused, mut lost, mut holes) = (0, 0, 0, 0);
     while next < total {
         let count = BURST.min(total - next);
         let sent = transmit(&mut *channel, &plain(next..next + count, 500));
         // Room that comes in the middle of a burst comes too late for the frames before it.
         lost += sent.lost;
+        holes += usize::from(sent.lost > 0);
         next += sent.taken;
         if sent.taken < count {
             refused += 1;
@@ -356,7 +359,7 @@ fn frames_that_find_no_room_are_given_again() {
     });
     assert_eq!(seen.len(), total - lost);
     assert!(seen.is_sorted_by(|one, next| one < next), "once and in order: {seen:?}");
-    assert!(lost <= refused, "room is rare: {lost} of {refused}");
+    assert!(holes <= refused, "room is rare: {holes} of {refused}");
 }
 
 #[test]

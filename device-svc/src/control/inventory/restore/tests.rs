@@ -4,18 +4,33 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::super::{FunctionChange, Inventory, InventoryError};
 use crate::config::{Config, DeviceConfig, FunctionConfig, LimitConfig, NetChange, UplinkConfig, VolumeConfig};
 use crate::control::events::EventKind;
 use crate::control::fake::{FakeStarter, config, inventory};
 use crate::control::seam::Standing;
-use crate::state::StateFolder;
+use crate::state::{CardState, StateError, StateFolder};
+
+/// Opens a state folder that nobody has. A process that another test starts has copies of our descriptors for a moment, and the lock
+/// with them.
+fn open(folder: &Path) -> (StateFolder, CardState) {
+    let start = Instant::now();
+    loop {
+        match StateFolder::open(folder) {
+            Err(StateError::InUse { .. }) if start.elapsed().as_secs() < 60 => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
+}
 
 /// A card that keeps what it has in `folder`, and was started on `config`.
 fn start(folder: &Path, config: &Config) -> Result<(Arc<Inventory>, Arc<FakeStarter>), InventoryError> {
     let (inventory, starter) = inventory();
-    let (state, before) = StateFolder::open(folder).unwrap();
+    let (state, before) = open(folder);
     inventory.keep_in(state, before);
     inventory.start_all(config)?;
     Ok((inventory, starter))
@@ -99,7 +114,7 @@ fn what_the_file_names_is_as_the_file_says() {
     // It no longer names `g`, and names what a command made, with another limit and time limit.
     let mut changed = config(&["f"]);
     let made = parsed(&MADE.replace("volume = \"x\"", "volume = \"x\"\nlimit = { iops = 3 }"));
-    changed.volumes.push(VolumeConfig { io_timeout: std::time::Duration::from_secs(1), ..made.volumes[0].clone() });
+    changed.volumes.push(VolumeConfig { io_timeout: Duration::from_secs(1), ..made.volumes[0].clone() });
     changed.functions.push(made.functions[0].clone());
     let (again, _) = start(folder.path(), &changed).unwrap();
     assert_eq!(again.function("f").unwrap().config, file.functions[0], "the limit is the file's");
@@ -172,7 +187,7 @@ fn what_cannot_be_opened_has_failed_and_keeps_nothing_else_from_starting() {
     make(&first);
     drop(first);
     // As if the volume's server were away now.
-    let (state, mut before) = StateFolder::open(folder.path()).unwrap();
+    let (state, mut before) = open(folder.path());
     let at = before.volumes.iter().position(|kept| kept.config.name == "x").unwrap();
     before.volumes[at].config = parsed(AWAY).volumes[0].clone();
     let tap = parsed("[[uplink]]\nname = \"up\"\nbackend = { type = \"tap\", name = \"dray0\" }\n");
@@ -223,8 +238,8 @@ fn what_has_failed_runs_once_it_can() {
     // The file names a disk on the socket of one that a command made: the file decides, and the other has to wait.
     let mut file = config(&["f"]);
     file.functions[0].link.socket = "/tmp/disk.sock".into();
-    let (state, before) = StateFolder::open(folder.path()).unwrap();
-    state.write(&crate::state::CardState { running: false, ..before }).unwrap();
+    let (state, before) = open(folder.path());
+    state.write(&CardState { running: false, ..before }).unwrap();
     drop(state);
     let (again, starter) = start(folder.path(), &file).unwrap();
     let standing = again.function("disk").unwrap().standing;
@@ -247,7 +262,7 @@ fn what_the_file_names_first_starts_as_a_whole_or_not_at_all() {
     let Err(error) = start(folder.path(), &file) else { panic!("its server is away") };
     assert_eq!(error, InventoryError::Unavailable("volume \"x\": the server is away".to_owned()));
     // Nor was anything remembered.
-    assert_eq!(StateFolder::open(folder.path()).unwrap().1, crate::state::CardState::default());
+    assert_eq!(open(folder.path()).1, CardState::default());
 }
 
 #[test]
