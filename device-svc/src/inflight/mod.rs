@@ -27,7 +27,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use self::memory::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, UsedPlaces};
 use crate::dma::{Mapping, MemoryError};
 
-pub use packed::{Marking, Note, PackedRecord, RecordedChain};
+pub use packed::{PackedRecord, RecordedChain};
 pub use split::SplitRecord;
 
 /// The version of the layout. 0 stands for a region that nobody has written to.

@@ -50,72 +50,42 @@ struct Links {
     last: u16,
 }
 
-/// What is told of the chains of a batch, descriptor by descriptor, as they are walked.
-pub trait Note {
-    /// A chain begins; one that was begun and not ended is forgotten.
-    fn begin(&mut self);
-
-    /// It has this descriptor too.
-    fn descriptor(&mut self, descriptor: PackedDescriptor);
-
-    /// It has ended, with `count` descriptors and at least one. Returns its first entry.
-    fn end(&mut self, count: u16) -> u16;
-}
-
 /// A batch that is being marked.
 #[derive(Debug)]
 pub struct Marking<'a> {
     entries: &'a [PackedEntry],
     /// As many.
     links: &'a mut [Links],
-    /// The first entry of the chain that is under way: the first that is free.
+    /// The first entry that is free.
     head: u16,
-    /// Its last entry so far, and where its next one goes.
-    last: u16,
-    next: u16,
     counter: u64,
 }
 
-impl Note for Marking<'_> {
-    #[inline(always)]
-    fn begin(&mut self) {
-        self.next = self.head;
-    }
-
-    #[inline(always)]
-    fn descriptor(&mut self, descriptor: PackedDescriptor) {
-        let number = usize::from(self.next);
-        self.entries[number].put(descriptor);
-        self.last = self.next;
-        self.next = self.links[..self.entries.len()][number].next;
-    }
-
-    #[inline(always)]
-    fn end(&mut self, count: u16) -> u16 {
-        let head = self.head;
-        let first = &self.entries[usize::from(head)];
-        first.num.set(count);
-        first.last.set(self.last);
-        first.counter.set(self.counter);
-        first.inflight.set(1);
-        self.links[..self.entries.len()][usize::from(head)].last = self.last;
-        self.counter = self.counter.wrapping_add(1);
-        self.head = self.next;
-        head
-    }
-}
-
-#[cfg(test)]
 impl Marking<'_> {
-    /// The next chain has these descriptors. Returns its first entry.
-    pub fn chain(&mut self, descriptors: impl IntoIterator<Item = PackedDescriptor>) -> u16 {
-        let mut count = 0;
-        self.begin();
+    /// The next chain has these descriptors, one or more. Returns its first entry.
+    #[inline(always)]
+    pub fn chain(&mut self, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
+        let entries = self.entries;
+        // Of the same length, which saves a check for each descriptor.
+        let links = &mut self.links[..entries.len()];
+        let head = self.head;
+        let (mut next, mut last, mut count) = (head, head, 0);
         for descriptor in descriptors {
-            self.descriptor(descriptor);
+            let number = usize::from(next);
+            entries[number].put(descriptor);
+            last = next;
+            next = links[number].next;
             count += 1;
         }
-        self.end(count)
+        let first = &entries[usize::from(head)];
+        first.num.set(count);
+        first.last.set(last);
+        first.counter.set(self.counter);
+        first.inflight.set(1);
+        links[usize::from(head)].last = last;
+        self.counter = self.counter.wrapping_add(1);
+        self.head = next;
+        head
     }
 }
 
@@ -272,8 +242,8 @@ impl PackedRecord {
         Ok(found.into_iter().map(|(_, chain)| chain).collect())
     }
 
-    /// A batch has been fetched, and nothing is being published; `mark` marks each of its chains in turn, and begins nothing of them. They
-    /// are in flight when this returns: up to then their entries are free, whatever is in them, and the ring still has their descriptors.
+    /// A batch has been fetched, and nothing is being published; `mark` marks each of its chains in turn. They are in flight when this returns,
+    /// and nothing of them may begin before: up to then their entries are free, whatever is in them, and the ring still has their descriptors.
     ///
     /// The ring has taken slots for each chain that is marked, and has no more slots than the record has entries: there are free ones.
     #[inline]
@@ -282,7 +252,7 @@ impl PackedRecord {
         let entries = self.region.entries();
         let links = &mut self.links[..entries.len()];
         let head = self.free_head;
-        let mut marking = Marking { entries, links, head, last: head, next: head, counter: self.counter };
+        let mut marking = Marking { entries, links, head, counter: self.counter };
         let marked = mark(&mut marking);
         (self.free_head, self.counter) = (marking.head, marking.counter);
         self.heads = FreeHeads { new: self.free_head, old: self.free_head };

@@ -94,8 +94,8 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
     let start = Place { slot: 3, wrap: true };
     assert_eq!(packed.attach(4, start, 0).unwrap(), None);
     packed.mark(|marking| {
-        assert_eq!(marking.chain([descriptor(0), descriptor(1)]), 0);
-        assert_eq!(marking.chain([descriptor(2)]), 2);
+        assert_eq!(marking.chain([descriptor(0), descriptor(1)].into_iter()), 0);
+        assert_eq!(marking.chain([descriptor(2)].into_iter()), 2);
         assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until all of them are filled");
     });
     let now = bytes(&file, PACKED);
@@ -130,7 +130,7 @@ fn a_packed_batch_of_a_whole_lap_is_known_by_its_wrap_counter() {
         assert_eq!(packed.attach(4, start, 0).unwrap(), None);
         packed.mark(|marking| {
             for number in 0..4 {
-                assert_eq!(marking.chain([descriptor(number)]), number);
+                assert_eq!(marking.chain([descriptor(number)].into_iter()), number);
             }
         });
         let end = Place { slot: 0, wrap: false };
@@ -176,7 +176,7 @@ fn a_packed_record_with_broken_lists_is_refused() {
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         packed.attach(4, Place { slot: 0, wrap: true }, 0).unwrap();
         packed.mark(|marking| {
-            marking.chain([descriptor(0), descriptor(1)]);
+            marking.chain([descriptor(0), descriptor(1)].into_iter());
         });
         change(&file);
         let mut packed = PackedRecord::new(&record, size)?;

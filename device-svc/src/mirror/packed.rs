@@ -10,7 +10,7 @@ mod used;
 
 use std::collections::VecDeque;
 
-use self::deliver::{Delivery, Found, Unrecorded};
+use self::deliver::Found;
 use self::record::Recorded;
 use self::used::Staged;
 use super::{CardLayout, FETCH_MAX, FETCH_WHOLE_MAX, Fetched, QueueFault};
@@ -46,6 +46,7 @@ struct Places {
     event: CardAddress,
     device_event: CardAddress,
     first_flags: CardAddress,
+    /// What was fetched, in its order: a chain lies in one piece also where the ring ends within it.
     descriptors: CardAddress,
     tables: CardAddress,
     used: CardAddress,
@@ -195,16 +196,17 @@ impl PackedMirror {
         let slot = self.ring.next_avail().advance(self.fetched_slots, size).slot;
         let count = count.min(size - slot).min(size - self.fetched_slots);
         if count > 0 {
-            let to = self.places.descriptors.add(16 * u32::from(slot));
+            let to = self.places.descriptors.add(16 * u32::from(self.fetched_slots));
             engine.read_packed(self.ring.descriptor_at(slot), to, u32::from(count))?;
             self.fetched_slots += count;
         }
         Ok(engine.submit())
     }
 
+    /// One of those that were fetched.
     #[inline]
-    fn descriptor<E: DmaEngine>(&self, engine: &E, slot: u16) -> PackedDescriptor {
-        engine.card().get(self.places.descriptors.add(16 * u32::from(slot)))
+    fn descriptor<E: DmaEngine>(&self, engine: &E, number: u16) -> PackedDescriptor {
+        engine.card().get(self.places.descriptors.add(16 * u32::from(number)))
     }
 
     /// Looks for whole chains in what was fetched. Returns whether a chain goes on beyond it.
@@ -212,7 +214,7 @@ impl PackedMirror {
         let size = self.ring.size();
         let mut start = self.ring.next_avail().advance(self.found_slots, size);
         while self.found_count < self.budget && self.found_slots < self.fetched_slots {
-            let mut descriptor = self.descriptor(engine, start.slot);
+            let mut descriptor = self.descriptor(engine, self.found_slots);
             // Only the first descriptor's flags count: the driver makes a chain available with them, last
             // (virtio 1.3, 2.8.21.1).
             if !PackedRing::is_available(descriptor.flags, start) {
@@ -226,10 +228,10 @@ impl PackedMirror {
                 if self.found_slots + slots >= self.fetched_slots {
                     return Ok(true);
                 }
-                descriptor = self.descriptor(engine, start.advance(slots, size).slot);
+                descriptor = self.descriptor(engine, self.found_slots + slots);
                 slots += 1;
             }
-            self.found[usize::from(self.found_count)] = Found { first: start.slot, slots, ..Found::default() };
+            self.found[usize::from(self.found_count)] = Found { first: self.found_slots, slots, ..Found::default() };
             self.has_tables |= descriptor.flags & DESCRIPTOR_INDIRECT != 0;
             self.found_count += 1;
             self.found_slots += slots;
@@ -246,8 +248,7 @@ impl PackedMirror {
         let mut used = 0;
         for index in 0..self.found_count {
             let found = self.found[usize::from(index)];
-            let last = Place { slot: found.first, wrap: true }.advance(found.slots - 1, self.ring.size());
-            let descriptor = self.descriptor(engine, last.slot);
+            let descriptor = self.descriptor(engine, found.first + found.slots - 1);
             let bytes = descriptor.length & !15;
             if descriptor.flags & DESCRIPTOR_INDIRECT == 0 || bytes == 0 || bytes / 16 > SEGMENTS_MAX {
                 // None, or one of a forbidden size, which the walk names.
@@ -260,35 +261,11 @@ impl PackedMirror {
             }
             let found = &mut self.found[usize::from(index)];
             found.table = self.places.tables.add(used);
-            found.table_count = bytes / 16;
+            found.table_count = (bytes / 16) as u16;
             used += bytes;
             engine.read(Iova(descriptor.address), found.table, bytes)?;
         }
         Ok(())
-    }
-
-    /// Takes the chains that were found off the ring, walks them and hands them over; with a record they are in it when this returns.
-    #[inline]
-    fn deliver<E: DmaEngine>(
-        &mut self,
-        engine: &mut E,
-        sink: &mut impl FnMut(&mut E, Chain<'_>),
-    ) -> Result<(), QueueFault> {
-        let found = &mut self.found[..usize::from(self.found_count)];
-        let mut delivery =
-            Delivery { ring: &mut self.ring, walk: &mut self.walk, descriptors: self.places.descriptors };
-        match self.recorded.as_deref_mut() {
-            None => delivery.deliver(engine, found, false, &mut Unrecorded, sink),
-            Some(Recorded { is_again: true, again, .. }) => {
-                for (found, chain) in found.iter_mut().zip(again.drain(..usize::from(self.found_count))) {
-                    found.entry = chain.entry;
-                }
-                delivery.deliver(engine, found, true, &mut Unrecorded, sink)
-            }
-            Some(Recorded { record, .. }) => {
-                record.mark(|marking| delivery.deliver(engine, found, false, marking, sink))
-            }
-        }
     }
 
     pub(super) const fn only_reads(&mut self) {

@@ -18,8 +18,8 @@ use crate::link::{QueuePosition, QueueStart};
 use crate::mirror::{CardLayout, FETCH_MAX, batch_of};
 use crate::virtqueue::split::{Run, SplitRing};
 use crate::virtqueue::{
-    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX, Step,
-    features,
+    Chain, ChainWalk, DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, Descriptor, QueueAddresses, RingFault, SEGMENTS_MAX,
+    WalkEnd, features,
 };
 
 /// Card memory for the indirect tables of one batch: room for two thousand descriptors, and for at least one table.
@@ -386,7 +386,7 @@ impl SplitMirror {
                 is_here.then(|| card.get(places.descriptors.add(16 * u32::from(number))))
             })?;
             match walked {
-                Some(Step::End) => self.guess = (self.walk.steps() as u16).min(GUESS_MAX),
+                Some(WalkEnd::Chain) => self.guess = (self.walk.steps() as u16).min(GUESS_MAX),
                 Some(_) => {
                     let Cursor { table, table_count, .. } = self.cursors[usize::from(index)];
                     if table_count == 0 {

@@ -4,7 +4,7 @@
 //! A chain is checked completely before anything of it is used: numbers in range, no loop (a length limit), readable
 //! buffers before writable ones, no table within a table.
 
-use super::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor, RingFault};
+use super::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor, PackedDescriptor, RingFault};
 use crate::address::Iova;
 
 /// The most buffers in one chain: the most data segments that a device of ours offers, and header and status.
@@ -43,20 +43,13 @@ pub struct Chain<'a> {
     pub writable_bytes: u32,
 }
 
-/// What one descriptor means for the walk.
+/// How the walk over a chain's descriptors in the ring ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// Go on with descriptor `next` of the same table (split) or with the next slot (packed).
-    Next(u16),
-    /// The chain goes on in a table of `count` descriptors at `table`, and ends there.
-    Indirect {
-        /// Where the table is.
-        table: Iova,
-        /// How many descriptors it has.
-        count: u32,
-    },
-    /// That was the last one.
-    End,
+pub enum WalkEnd {
+    /// With the chain's last descriptor.
+    Chain,
+    /// With one that leads to an indirect table, which is still to be walked: the chain ends there.
+    Table,
 }
 
 /// What is known of a chain so far; small enough to stay in registers while it is walked.
@@ -67,7 +60,6 @@ struct Sums {
     readable_bytes: u32,
     writable_bytes: u32,
     steps: u32,
-    in_table: bool,
 }
 
 /// Collects the buffers of one chain. Reused from chain to chain.
@@ -125,24 +117,18 @@ impl ChainWalk {
         self.write_flag = 0;
     }
 
-    /// Starts with a new chain.
-    #[inline]
-    pub fn begin(&mut self) {
-        self.sums = Sums::default();
-    }
-
-    /// Walks a chain from its first descriptor, `head`, as far as its descriptors are here: `at` gives each by its number, or
-    /// `None`.
+    /// Walks a chain of a split ring from its first descriptor, `head`, as far as its descriptors are here: `at` gives each of the `size` that
+    /// the ring has by its number, or `None`, which ends the walk without a result.
     ///
     /// # Errors
-    /// As for [`step`](Self::step), and for a link out of a table of `size` descriptors.
+    /// When the chain breaks a rule of virtio 1.3, 2.7.4 and 2.7.5.
     #[inline]
     pub fn walk(
         &mut self,
         head: u16,
         size: u16,
         at: impl Fn(u16) -> Option<Descriptor>,
-    ) -> Result<Option<Step>, RingFault> {
+    ) -> Result<Option<WalkEnd>, RingFault> {
         let mut sums = Sums::default();
         let mut number = head;
         loop {
@@ -154,13 +140,36 @@ impl ChainWalk {
             sums.take(&mut self.segments, descriptor, self.write_flag)?;
             if descriptor.flags & DESCRIPTOR_NEXT == 0 {
                 self.sums = sums;
-                return Ok(Some(Step::End));
+                return Ok(Some(WalkEnd::Chain));
             }
             number = descriptor.next;
             if number >= size {
                 return Err(RingFault::NoSuchDescriptor { number, size: u32::from(size) });
             }
         }
+    }
+
+    /// Walks a chain of a packed ring, whose descriptors these are, one behind the other. Returns its buffer id, too.
+    ///
+    /// # Errors
+    /// When the chain breaks a rule of virtio 1.3, 2.8.5 and 2.8.7.
+    #[inline(always)]
+    pub fn walk_slots(
+        &mut self,
+        descriptors: impl Iterator<Item = PackedDescriptor>,
+    ) -> Result<(u16, WalkEnd), RingFault> {
+        let (mut sums, mut id) = (Sums::default(), 0);
+        for PackedDescriptor { address, length, id: buffer, flags } in descriptors {
+            id = buffer;
+            let descriptor = Descriptor { address, length, flags, next: 0 };
+            if flags & DESCRIPTOR_INDIRECT != 0 {
+                self.sums = sums;
+                return Ok((id, self.enter_table(descriptor)?));
+            }
+            sums.take(&mut self.segments, descriptor, self.write_flag)?;
+        }
+        self.sums = sums;
+        Ok((id, WalkEnd::Chain))
     }
 
     /// How many descriptors the chain had.
@@ -170,21 +179,9 @@ impl ChainWalk {
         self.sums.steps
     }
 
-    /// Takes the chain's next descriptor.
-    ///
-    /// # Errors
-    /// When the chain breaks a rule of virtio 1.3, 2.7.4 and 2.7.5.
-    #[inline]
-    pub fn step(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
-        if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
-            return self.enter_table(descriptor);
-        }
-        self.sums.take(&mut self.segments, descriptor, self.write_flag)?;
-        Ok(if descriptor.flags & DESCRIPTOR_NEXT != 0 { Step::Next(descriptor.next) } else { Step::End })
-    }
-
-    fn enter_table(&mut self, descriptor: Descriptor) -> Result<Step, RingFault> {
-        if !self.allow_indirect || self.sums.in_table || descriptor.flags & DESCRIPTOR_NEXT != 0 {
+    /// Checks the descriptor that leads to an indirect table (virtio 1.3, 2.7.5.3 and 2.8.7).
+    fn enter_table(&self, descriptor: Descriptor) -> Result<WalkEnd, RingFault> {
+        if !self.allow_indirect || descriptor.flags & DESCRIPTOR_NEXT != 0 {
             return Err(RingFault::IndirectNotAllowed);
         }
         let count = descriptor.length / 16;
@@ -194,43 +191,49 @@ impl ChainWalk {
         if count > SEGMENTS_MAX {
             return Err(RingFault::ChainTooLong { limit: SEGMENTS_MAX });
         }
-        self.sums.in_table = true;
-        Ok(Step::Indirect { table: Iova(descriptor.address), count })
+        Ok(WalkEnd::Table)
     }
 
-    /// Walks a whole indirect table of `count` descriptors that `at` copies out, following its `next` links.
+    /// Goes on with a whole indirect table of `count` descriptors that `at` copies out, following its `next` links.
     ///
     /// # Errors
-    /// As for [`step`](Self::step), and for a link out of the table.
+    /// As for [`walk`](Self::walk), and for a link out of the table, or to another one.
     #[inline]
     pub fn walk_table(&mut self, count: u32, at: impl Fn(u32) -> Descriptor) -> Result<(), RingFault> {
+        let mut sums = self.sums;
         let mut number = 0u16;
         loop {
             if u32::from(number) >= count {
                 return Err(RingFault::NoSuchDescriptor { number, size: count });
             }
-            match self.step(at(u32::from(number)))? {
-                Step::Next(next) => number = next,
-                Step::End => return Ok(()),
-                Step::Indirect { .. } => return Err(RingFault::IndirectNotAllowed),
+            let descriptor = at(u32::from(number));
+            if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+                return Err(RingFault::IndirectNotAllowed);
             }
+            sums.take(&mut self.segments, descriptor, self.write_flag)?;
+            if descriptor.flags & DESCRIPTOR_NEXT == 0 {
+                self.sums = sums;
+                return Ok(());
+            }
+            number = descriptor.next;
         }
     }
 
-    /// Walks a whole indirect table of a packed ring: `count` descriptors one after the other, whose `NEXT` flags mean nothing
+    /// Goes on with a whole indirect table of a packed ring: descriptors one after the other, whose `NEXT` flags mean nothing
     /// (virtio 1.3, 2.8.8).
     ///
     /// # Errors
-    /// As for [`step`](Self::step).
-    #[inline]
-    pub fn walk_list(&mut self, count: u32, at: impl Fn(u32) -> Descriptor) -> Result<(), RingFault> {
-        for number in 0..count {
-            let mut descriptor = at(number);
-            descriptor.flags &= !DESCRIPTOR_NEXT;
-            if let Step::Indirect { .. } = self.step(descriptor)? {
+    /// As for [`walk_slots`](Self::walk_slots), and for one that leads to another table.
+    #[inline(always)]
+    pub fn walk_list(&mut self, table: impl Iterator<Item = PackedDescriptor>) -> Result<(), RingFault> {
+        let mut sums = self.sums;
+        for PackedDescriptor { address, length, id: _, flags } in table {
+            if flags & DESCRIPTOR_INDIRECT != 0 {
                 return Err(RingFault::IndirectNotAllowed);
             }
+            sums.take(&mut self.segments, Descriptor { address, length, flags, next: 0 }, self.write_flag)?;
         }
+        self.sums = sums;
         Ok(())
     }
 

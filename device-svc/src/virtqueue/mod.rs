@@ -10,7 +10,7 @@ mod chain;
 pub mod packed;
 pub mod split;
 
-pub use chain::{Chain, ChainWalk, SEGMENTS_MAX, Segment, Step};
+pub use chain::{Chain, ChainWalk, SEGMENTS_MAX, Segment, WalkEnd};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
