@@ -13,8 +13,8 @@
 
 use super::memory::{FreeHeads, PackedEntry, PackedHeader, Region, UsedPlaces};
 use super::{QueueRecord, RecordFault, VERSION, check_header};
-use crate::virtqueue::PackedDescriptor;
 use crate::virtqueue::packed::{PackedRing, Place};
+use crate::virtqueue::{DESCRIPTOR_INDIRECT, PackedDescriptor};
 
 /// A request in flight as the record has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,25 +50,25 @@ struct Links {
     last: u16,
 }
 
-/// A batch that is being marked.
+/// A batch whose entries are being filled.
 #[derive(Debug)]
-pub struct Marking<'a> {
+pub struct Filling<'a> {
     entries: &'a [PackedEntry],
     /// As many.
     links: &'a mut [Links],
-    /// The first entry that is free.
-    head: u16,
+    /// The first entry that is free and not filled.
+    end: u16,
     counter: u64,
 }
 
-impl Marking<'_> {
+impl Filling<'_> {
     /// The next chain has these descriptors, one or more. Returns its first entry.
     #[inline(always)]
     pub fn chain(&mut self, descriptors: impl Iterator<Item = PackedDescriptor>) -> u16 {
         let entries = self.entries;
         // Of the same length, which saves a check for each descriptor.
         let links = &mut self.links[..entries.len()];
-        let head = self.head;
+        let head = self.end;
         let (mut next, mut last, mut count) = (head, head, 0);
         for descriptor in descriptors {
             let number = usize::from(next);
@@ -84,7 +84,7 @@ impl Marking<'_> {
         first.inflight.set(1);
         links[usize::from(head)].last = last;
         self.counter = self.counter.wrapping_add(1);
-        self.head = next;
+        self.end = next;
         head
     }
 }
@@ -219,7 +219,12 @@ impl PackedRecord {
                     return Err(RecordFault::Lists);
                 }
                 let entry = self.region.entry(number);
-                descriptors.push(entry.descriptor());
+                let descriptor = entry.descriptor();
+                // On the ring a chain ends with the descriptor that leads to a table.
+                if descriptor.flags & DESCRIPTOR_INDIRECT != 0 && index + 1 < num {
+                    return Err(RecordFault::Lists);
+                }
+                descriptors.push(descriptor);
                 self.links[usize::from(number)].next = entry.next.get();
                 if index + 1 == num && number != last {
                     return Err(RecordFault::Lists);
@@ -242,22 +247,45 @@ impl PackedRecord {
         Ok(found.into_iter().map(|(_, chain)| chain).collect())
     }
 
-    /// A batch has been fetched, and nothing is being published; `mark` marks each of its chains in turn. They are in flight when this returns,
-    /// and nothing of them may begin before: up to then their entries are free, whatever is in them, and the ring still has their descriptors.
+    /// A batch has been fetched, and nothing is being published; `fill` fills entries for each of its chains in turn. They stay free, whatever
+    /// is in them, until they are [marked](Self::mark). Returns the first entry behind them.
     ///
-    /// The ring has taken slots for each chain that is marked, and has no more slots than the record has entries: there are free ones.
+    /// The ring has room for each chain that is filled in, and has no more slots than the record has entries: there are free ones.
     #[inline]
-    pub fn mark<T>(&mut self, mark: impl FnOnce(&mut Marking<'_>) -> T) -> T {
+    pub fn fill(&mut self, fill: impl FnOnce(&mut Filling<'_>)) -> u16 {
         debug_assert!(!self.is_linked, "nothing is fetched between linking and publishing");
         let entries = self.region.entries();
         let links = &mut self.links[..entries.len()];
-        let head = self.free_head;
-        let mut marking = Marking { entries, links, head, counter: self.counter };
-        let marked = mark(&mut marking);
-        (self.free_head, self.counter) = (marking.head, marking.counter);
-        self.heads = FreeHeads { new: self.free_head, old: self.free_head };
+        let mut filling = Filling { entries, links, end: self.free_head, counter: self.counter };
+        fill(&mut filling);
+        filling.end
+    }
+
+    /// The first `count` chains that were filled in are in flight when this returns, and nothing of them may begin before: up to then the
+    /// ring still has them. `end` is the first entry behind theirs.
+    #[inline]
+    pub fn mark(&mut self, count: u16, end: u16) {
+        self.free_head = end;
+        self.counter = self.counter.wrapping_add(count.into());
+        self.heads = FreeHeads { new: end, old: end };
         self.region.header().free_heads.set(self.heads.encode());
-        marked
+    }
+
+    /// Of what was filled in last, the chains that start at these entries are not marked: they do not say so either.
+    #[cold]
+    pub fn forget(&mut self, entries: impl Iterator<Item = u16>) {
+        entries.for_each(|head| self.region.entry(head).inflight.set(0));
+    }
+
+    /// Fills and marks a batch of these chains. Returns their first entries.
+    #[cfg(test)]
+    pub fn take(&mut self, chains: &[&[PackedDescriptor]]) -> Vec<u16> {
+        let mut entries = Vec::new();
+        let end = self.fill(|filling| {
+            entries.extend(chains.iter().map(|chain| filling.chain(chain.iter().copied())));
+        });
+        self.mark(chains.len() as u16, end);
+        entries
     }
 
     /// The chains that start at these entries are the whole batch that is about to be published, and the next used descriptor goes to

@@ -4,8 +4,8 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::virtqueue::PackedDescriptor;
 use crate::virtqueue::packed::{AVAIL, Place, USED};
+use crate::virtqueue::{DESCRIPTOR_INDIRECT, PackedDescriptor};
 
 const SPLIT: AreaShape = AreaShape { queues: 2, size: 4, packed: false };
 const PACKED: AreaShape = AreaShape { queues: 2, size: 4, packed: true };
@@ -93,11 +93,12 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
     let mut packed = PackedRecord::new(&record, 4).unwrap();
     let start = Place { slot: 3, wrap: true };
     assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-    packed.mark(|marking| {
-        assert_eq!(marking.chain([descriptor(0), descriptor(1)].into_iter()), 0);
-        assert_eq!(marking.chain([descriptor(2)].into_iter()), 2);
-        assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until all of them are filled");
+    let end = packed.fill(|filling| {
+        assert_eq!(filling.chain([descriptor(0), descriptor(1)].into_iter()), 0);
+        assert_eq!(filling.chain([descriptor(2)].into_iter()), 2);
     });
+    assert_eq!(half(&bytes(&file, PACKED), 12), 0, "the batch's entries are free until they are marked");
+    packed.mark(2, end);
     let now = bytes(&file, PACKED);
     let head = |now: &[u8]| [half(now, 8), half(now, 10), half(now, 12), half(now, 14), half(now, 16), half(now, 18)];
     assert_eq!(head(&now), [1, 4, 3, 3, 3, 3], "version, desc_num, free heads, used indices");
@@ -122,17 +123,35 @@ fn a_packed_record_is_the_specifications_byte_by_byte() {
 }
 
 #[test]
+fn what_is_filled_in_and_not_marked_is_free() {
+    let (file, record) = queue_1(PACKED);
+    let mut packed = PackedRecord::new(&record, 4).unwrap();
+    let start = Place { slot: 0, wrap: true };
+    packed.attach(4, start, 0).unwrap();
+    packed.fill(|filling| {
+        for number in 0..3 {
+            assert_eq!(filling.chain([descriptor(number)].into_iter()), number);
+        }
+    });
+    packed.mark(1, 1);
+    packed.forget([1, 2].into_iter());
+    let in_flight = |file: &File| [0, 1, 2, 3].map(|number| bytes(file, PACKED)[32 + 32 * number]);
+    assert_eq!(in_flight(&file), [1, 0, 0, 0]);
+    assert_eq!(packed.take(&[&[descriptor(3), descriptor(4)]]), [1], "the next batch takes their entries");
+    let (_, again) = PackedRecord::new(&record, 4).unwrap().attach(4, start, 0).unwrap().unwrap();
+    let chains = [(0, vec![descriptor(0)]), (1, vec![descriptor(3), descriptor(4)])];
+    assert_eq!(again, chains.map(|(entry, descriptors)| RecordedChain { entry, descriptors }));
+}
+
+#[test]
 fn a_packed_batch_of_a_whole_lap_is_known_by_its_wrap_counter() {
     for (published, flags) in [(false, AVAIL), (true, AVAIL | USED)] {
         let (_, record) = queue_1(PACKED);
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         let start = Place { slot: 0, wrap: true };
         assert_eq!(packed.attach(4, start, 0).unwrap(), None);
-        packed.mark(|marking| {
-            for number in 0..4 {
-                assert_eq!(marking.chain([descriptor(number)].into_iter()), number);
-            }
-        });
+        let chains: Vec<_> = (0..4).map(|number| [descriptor(number)]).collect();
+        assert_eq!(packed.take(&chains.iter().map(|chain| &chain[..]).collect::<Vec<_>>()), [0, 1, 2, 3]);
         let end = Place { slot: 0, wrap: false };
         packed.link([2, 1, 0, 3].into_iter(), end);
         let mut next = PackedRecord::new(&record, 4).unwrap();
@@ -175,9 +194,7 @@ fn a_packed_record_with_broken_lists_is_refused() {
         let (file, record) = queue_1(PACKED);
         let mut packed = PackedRecord::new(&record, 4).unwrap();
         packed.attach(4, Place { slot: 0, wrap: true }, 0).unwrap();
-        packed.mark(|marking| {
-            marking.chain([descriptor(0), descriptor(1)].into_iter());
-        });
+        packed.take(&[&[descriptor(0), descriptor(1)]]);
         change(&file);
         let mut packed = PackedRecord::new(&record, size)?;
         packed.attach(size, Place { slot: 0, wrap: true }, 0).map(|found| found.unwrap().1.len())
@@ -193,6 +210,9 @@ fn a_packed_record_with_broken_lists_is_refused() {
     assert_eq!(attach(&set(entry(0, 6), 0), 4), Err(RecordFault::Lists), "a chain without descriptors");
     assert_eq!(attach(&set(entry(0, 4), 0), 4), Err(RecordFault::Lists), "a chain that ends elsewhere");
     assert_eq!(attach(&set(entry(0, 2), 0), 4), Err(RecordFault::Lists), "a chain in a circle");
+    let leads = AVAIL | DESCRIPTOR_INDIRECT;
+    assert_eq!(attach(&set(entry(0, 18), leads), 4), Err(RecordFault::Lists), "a chain that goes on behind a table");
+    assert_eq!(attach(&set(entry(1, 18), leads), 4), Ok(1));
     assert_eq!(attach(&set(entry(1, 0), 1), 4), Ok(1), "of a chain's entries only the first says that it is in flight");
 }
 

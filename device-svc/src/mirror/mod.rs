@@ -207,7 +207,7 @@ impl<E: DmaEngine> Mirror<E> {
     /// Takes up to `budget` chains (at most [`FETCH_MAX`]) off the ring and hands each to `sink`.
     ///
     /// # Errors
-    /// When the ring or a chain is broken; chains handed over before stay valid.
+    /// When the ring or a chain is broken; chains handed over before stay valid, and the broken one is still on the ring.
     #[inline]
     pub fn fetch(&mut self, budget: u16, sink: impl FnMut(&mut E, Chain<'_>)) -> Result<Fetched, QueueFault> {
         let budget = budget.min(FETCH_MAX);

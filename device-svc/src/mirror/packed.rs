@@ -281,3 +281,6 @@ impl PackedMirror {
         QueuePosition { next_avail: avail.slot, avail_wrap: avail.wrap, next_used: used.slot, used_wrap: used.wrap }
     }
 }
+
+#[cfg(test)]
+mod tests;

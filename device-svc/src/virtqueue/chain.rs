@@ -149,7 +149,8 @@ impl ChainWalk {
         }
     }
 
-    /// Walks a chain of a packed ring, whose descriptors these are, one behind the other. Returns its buffer id, too.
+    /// Walks a chain of a packed ring, whose descriptors these are, one behind the other; one that leads to a table ends it. Returns its buffer
+    /// id, too.
     ///
     /// # Errors
     /// When the chain breaks a rule of virtio 1.3, 2.8.5 and 2.8.7.

@@ -116,18 +116,20 @@ impl PackedRing {
         if wrap { AVAIL } else { USED }
     }
 
-    /// Takes a chain of `slots` (at most the ring's) off the ring.
+    /// Whether so many slots (at most the ring's) may be taken.
     ///
     /// # Errors
     /// When slots are available again before they were used: the driver owns them again only then (virtio 1.3, 2.8).
     #[inline]
-    pub const fn take(&mut self, slots: u16) -> Result<(), RingFault> {
-        if slots > self.size - self.taken_slots {
-            return Err(RingFault::AvailableTwice { size: self.size });
-        }
+    pub const fn has_room(&self, slots: u16) -> Result<(), RingFault> {
+        if slots > self.size - self.taken_slots { Err(RingFault::AvailableTwice { size: self.size }) } else { Ok(()) }
+    }
+
+    /// Takes chains of so many slots off the ring, which [has room](Self::has_room) for them.
+    #[inline]
+    pub const fn take(&mut self, slots: u16) {
         self.taken_slots += slots;
         self.next_avail = self.next_avail.advance(slots, self.size);
-        Ok(())
     }
 
     /// Stages the used descriptor of a chain that took `slots`; returns where it goes.

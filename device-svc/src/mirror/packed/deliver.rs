@@ -8,7 +8,7 @@ use super::record::Recorded;
 use crate::address::CardAddress;
 use crate::dma::{CardMemory, DmaEngine};
 use crate::mirror::QueueFault;
-use crate::virtqueue::{Chain, PackedDescriptor, WalkEnd};
+use crate::virtqueue::{Chain, ChainWalk, PackedDescriptor, RingFault, WalkEnd};
 
 /// A chain that was found.
 #[derive(Clone, Copy, Default)]
@@ -28,10 +28,21 @@ impl Found {
     fn descriptors(self, card: &CardMemory, fetched: CardAddress) -> impl Iterator<Item = PackedDescriptor> {
         card.values(fetched.add(16 * u32::from(self.first)), self.slots)
     }
+
+    /// Walks it, with its table. Returns its buffer id.
+    #[inline(always)]
+    fn walk(self, walk: &mut ChainWalk, card: &CardMemory, fetched: CardAddress) -> Result<u16, RingFault> {
+        let (id, end) = walk.walk_slots(self.descriptors(card, fetched))?;
+        if end == WalkEnd::Table {
+            walk.walk_list(card.values(self.table, self.table_count))?;
+        }
+        Ok(id)
+    }
 }
 
 impl PackedMirror {
-    /// Takes the chains that were found off the ring, walks them and hands them over; with a record they are in it before.
+    /// Walks the chains that were found and hands them over. Those before a bad one are off the ring and in the record when this returns, and
+    /// the bad one is not: whoever goes on here meets it again.
     #[inline]
     pub(super) fn deliver<E: DmaEngine>(
         &mut self,
@@ -40,34 +51,63 @@ impl PackedMirror {
     ) -> Result<(), QueueFault> {
         let found = &mut self.found[..usize::from(self.found_count)];
         let fetched = self.places.descriptors;
-        let mut is_again = false;
+        let (mut is_again, mut end) = (false, 0);
         match self.recorded.as_deref_mut() {
             // The ring has taken them long since, and the record knows them.
             Some(Recorded { is_again: true, again, .. }) => {
                 is_again = true;
-                for (found, chain) in found.iter_mut().zip(again.drain(..usize::from(self.found_count))) {
-                    found.entry = chain.entry;
-                }
+                found.iter_mut().zip(again).for_each(|(found, chain)| found.entry = chain.entry);
             }
             recorded => {
                 // First: what does not fit into the ring does not fit into its record.
-                self.ring.take(self.found_slots)?;
+                self.ring.has_room(self.found_slots)?;
                 if let Some(Recorded { record, .. }) = recorded {
-                    record.mark(|marking| {
+                    end = record.fill(|filling| {
                         for found in &mut *found {
-                            found.entry = marking.chain(found.descriptors(engine.card(), fetched));
+                            found.entry = filling.chain(found.descriptors(engine.card(), fetched));
                         }
                     });
                 }
             }
         }
-        for found in found {
-            let (id, end) = self.walk.walk_slots(found.descriptors(engine.card(), fetched))?;
-            if end == WalkEnd::Table {
-                self.walk.walk_list(engine.card().values(found.table, found.table_count))?;
+        for (index, found) in found.iter().enumerate() {
+            match found.walk(&mut self.walk, engine.card(), fetched) {
+                Ok(id) => {
+                    let chain = self.walk.chain(id, found.slots);
+                    sink(engine, Chain { entry: found.entry, again: is_again, ..chain });
+                }
+                Err(fault) => {
+                    self.leave(index);
+                    return Err(fault.into());
+                }
             }
-            sink(engine, Chain { entry: found.entry, again: is_again, ..self.walk.chain(id, found.slots) });
         }
+        self.take_found(self.found_count, self.found_slots, end);
         Ok(())
+    }
+
+    /// The first `count` chains that were found, which have so many slots, have been handed over. `end` is the record's first entry behind
+    /// theirs.
+    #[inline(always)]
+    fn take_found(&mut self, count: u16, slots: u16, end: u16) {
+        match self.recorded.as_deref_mut() {
+            Some(Recorded { is_again: true, again, .. }) => drop(again.drain(..usize::from(count))),
+            recorded => {
+                self.ring.take(slots);
+                if let Some(Recorded { record, .. }) = recorded {
+                    record.mark(count, end);
+                }
+            }
+        }
+    }
+
+    /// The chains from this one on are left on the ring, as the first of them is a bad one.
+    #[cold]
+    fn leave(&mut self, first: usize) {
+        let slots = self.found[..first].iter().map(|found| found.slots).sum();
+        self.take_found(first as u16, slots, self.found[first].entry);
+        if let Some(Recorded { is_again: false, record, .. }) = self.recorded.as_deref_mut() {
+            record.forget(self.found[first..usize::from(self.found_count)].iter().map(|found| found.entry));
+        }
     }
 }

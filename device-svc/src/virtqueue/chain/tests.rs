@@ -62,6 +62,11 @@ fn stops_where_a_descriptor_is_not_here() {
     assert_eq!(walk.walk(0, 4, |number| (number == 0).then_some(first)), Ok(None));
 }
 
+/// One that leads to itself.
+fn loops() -> Descriptor {
+    descriptor(0, 1, DESCRIPTOR_NEXT, 0)
+}
+
 #[test]
 fn refuses_what_the_specification_forbids() {
     let mut walk = ChainWalk::new(true);
@@ -82,9 +87,8 @@ fn refuses_what_the_specification_forbids() {
     both_refuse(&mut walk, &table(16 * (SEGMENTS_MAX + 1), 0), long);
     both_refuse(&mut plain, &table(16, 0), RingFault::IndirectNotAllowed);
 
-    let loops = [descriptor(0, 1, DESCRIPTOR_NEXT, 0)];
-    assert_eq!(walk_ring(&mut walk, &loops), Err(long));
-    assert_eq!(walk_slots(&mut walk, &[loops[0]; SEGMENTS_MAX as usize + 1]), Err(long));
+    assert_eq!(walk_ring(&mut walk, &[loops()]), Err(long));
+    assert_eq!(walk_slots(&mut walk, &[loops(); SEGMENTS_MAX as usize + 1]), Err(long));
     let outside = [descriptor(0, 1, DESCRIPTOR_NEXT, 1)];
     assert_eq!(walk_ring(&mut walk, &outside), Err(RingFault::NoSuchDescriptor { number: 1, size: 1 }));
 

@@ -98,10 +98,7 @@ impl Bed {
             let mut record = PackedRecord::new(&record, SIZE).unwrap();
             assert_eq!(record.attach(SIZE, Place { slot: 0, wrap: true }, 0), Ok(None));
             let descriptor = PackedDescriptor { address: 0x1_0000, length: 512, id: 0, flags: 0 };
-            let mut entries = Vec::new();
-            record.mark(|marking| {
-                entries.extend([0, 1].map(|_| marking.chain([descriptor].into_iter())));
-            });
+            let entries = record.take(&[&[descriptor], &[descriptor]]);
             record.link(entries[..1].iter().copied(), Place { slot: 1, wrap: true });
             self.guest.put(start.descriptors, PackedDescriptor { address: 1, flags: AVAIL | USED, ..descriptor });
             record.complete(entries[..1].iter().copied());
@@ -225,14 +222,14 @@ fn a_packed_ring_that_is_full_of_its_third_lap_goes_on() {
     assert_eq!(record.attach(SIZE, place, 0), Ok(None));
     let descriptor = PackedDescriptor { address: 0x1_0000, length: 512, id: 0, flags: AVAIL };
     // One is in flight all the time, and others pass it for two laps.
-    record.mark(|marking| marking.chain([descriptor].into_iter()));
+    record.take(&[&[descriptor]]);
     for _ in 0..2 * SIZE {
-        let entry = record.mark(|marking| marking.chain([descriptor].into_iter()));
+        let entry = record.take(&[&[descriptor]])[0];
         place = place.advance(1, SIZE);
         record.link(std::iter::once(entry), place);
         record.complete(std::iter::once(entry));
     }
-    record.mark(|marking| marking.chain([descriptor].into_iter()));
+    record.take(&[&[descriptor]]);
     assert_eq!(place, Place { slot: 0, wrap: true });
     for slot in 0..SIZE {
         bed.guest.put(Iova(start.descriptors.0 + 16 * u64::from(slot)), descriptor);

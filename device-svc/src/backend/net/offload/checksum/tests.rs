@@ -28,6 +28,16 @@ fn nothing_and_all_ones() {
     }
 }
 
+#[test]
+fn a_checksum_of_zero_is_written_so_except_for_udp() {
+    for (offset, expected) in [(6, [0xff, 0xff]), (16, [0, 0])] {
+        let mut bytes = [0; 20];
+        bytes[..2].copy_from_slice(&[0xff, 0xff]);
+        assert!(complete(&mut bytes, 0, offset));
+        assert_eq!(bytes[usize::from(offset)..][..2], expected, "at {offset}");
+    }
+}
+
 proptest! {
     #[test]
     fn in_parts_as_in_one(bytes in proptest::collection::vec(any::<u8>(), 0..2000), cuts in proptest::collection::vec(0..2000usize, 0..6)) {
