@@ -17,7 +17,8 @@ use crate::virtqueue::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, D
 
 const SIZE: u16 = 64;
 
-struct NoPort;
+/// A driver that is told nothing, and rings nothing.
+pub(super) struct NoPort;
 
 impl QueuePort for NoPort {
     fn doorbell_fd(&self) -> Option<std::os::fd::RawFd> {

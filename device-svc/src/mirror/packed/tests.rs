@@ -7,7 +7,8 @@ use crate::address::Iova;
 use crate::dma::{CopyEngine, HostMemory, Mapping, Region};
 use crate::driver::GuestMemory;
 use crate::inflight::{AreaShape, PackedRecord, QueueRecord, RecordArea};
-use crate::link::{QueuePort, QueuePosition, QueueStart};
+use crate::link::{QueuePosition, QueueStart};
+use crate::mirror::tests::NoPort;
 use crate::mirror::{CardLayout, FETCH_MAX, Fetched, Mirror, QueueFault, check_addresses};
 use crate::virtqueue::packed::{PackedRing, Place};
 use crate::virtqueue::{
@@ -15,18 +16,6 @@ use crate::virtqueue::{
 };
 
 const SIZE: u16 = 8;
-
-struct NoPort;
-
-impl QueuePort for NoPort {
-    fn doorbell_fd(&self) -> Option<std::os::fd::RawFd> {
-        None
-    }
-    fn take_doorbell(&mut self) -> bool {
-        false
-    }
-    fn raise_interrupt(&mut self) {}
-}
 
 /// A ring in a guest's memory, a driver's place on it, and a mirror.
 struct Bed {
